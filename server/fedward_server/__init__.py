@@ -1,0 +1,1 @@
+"""The aggregation server: provisioning, SuperLink, rounds, coordinators' service, simulation."""
