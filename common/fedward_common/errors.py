@@ -38,6 +38,20 @@ class PlanError(FederationError):
     exit_code = 3
 
 
+class PlanRefusedError(PlanError):
+    """A site, or the check of a signature, refuses a signed plan or a round of it.
+
+    Args:
+        message: why, for the one who reads it on this machine.
+        remedy: what resolves it.
+        code: all that another machine is told.
+    """
+
+    def __init__(self, message: str, *, remedy: str, code: RefusalCode) -> None:
+        super().__init__(message, remedy=remedy)
+        self.code = code
+
+
 class IdentityError(FederationError):
     """A key or certificate is missing, unreadable, expired, or belongs to somebody else."""
 
@@ -92,6 +106,18 @@ class PayloadError(FederationError):
     exit_code = 12
 
 
+class StorageError(FederationError):
+    """A record kept on this machine (runs, index, ledger) cannot be read or written."""
+
+    exit_code = 13
+
+
+class EvaluationError(FederationError):
+    """Predictions or metric states cannot be counted as they are."""
+
+    exit_code = 14
+
+
 class RefusalCode(IntEnum):
     """All a site ever says about a failure: a number. The text stays in the site's own log."""
 
@@ -114,6 +140,15 @@ class RefusalCode(IntEnum):
     OUT_OF_MEMORY = 42
     CANCELLED = 43
     OUTBOUND_BLOCKED = 50
+    # What the server finds out about a site by itself:
+    UPDATE_UNSIGNED = 60
+    UPDATE_MALFORMED = 61
+    UPDATE_STALE = 62
+    UPDATE_NOT_FINITE = 63
+    UPDATE_OUT_OF_BOUNDS = 64
+    SITE_OFFLINE = 70
+    SITE_LATE = 71
+    SITE_LOST = 72
 
     @property
     def meaning(self) -> str:
@@ -141,4 +176,22 @@ _MEANINGS: dict[RefusalCode, str] = {
     RefusalCode.OUT_OF_MEMORY: "the site ran out of memory",
     RefusalCode.CANCELLED: "the site cancelled the work because the run was stopped",
     RefusalCode.OUTBOUND_BLOCKED: "the site's outbound check blocked its own message",
+    RefusalCode.UPDATE_UNSIGNED: "the update does not carry the site's signature",
+    RefusalCode.UPDATE_MALFORMED: "the update does not have the form in the plan",
+    RefusalCode.UPDATE_STALE: "the update answers another round or another model",
+    RefusalCode.UPDATE_NOT_FINITE: "the update holds numbers that are not finite",
+    RefusalCode.UPDATE_OUT_OF_BOUNDS: "the update exceeds the plan's bounds",
+    RefusalCode.SITE_OFFLINE: "the site was not connected when the round began",
+    RefusalCode.SITE_LATE: "the site did not answer before the deadline",
+    RefusalCode.SITE_LOST: "the connection to the site was lost during the round",
 }
+
+
+class TrainingError(FederationError):
+    """Training or evaluation at a site ended without a result; `code` is what the server is told."""
+
+    exit_code = 13
+
+    def __init__(self, message: str, *, remedy: str, code: RefusalCode = RefusalCode.TRAINING_FAILED) -> None:
+        super().__init__(message, remedy=remedy)
+        self.code = code

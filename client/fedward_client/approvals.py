@@ -1,0 +1,301 @@
+"""The gate for plans: nothing of a plan is used before it passed here.
+
+A plan passes when its signature, federation and dates hold, this installation has the parts it names, the
+site's policy has no objection, no other run has used it, and the operator approved exactly these bytes
+(or a rule of the policy did). A plan that only lacks approval is kept, so that the operator can read it.
+The policy and the approvals are read anew for every decision: a change holds from the next message on.
+
+Each round is admitted once. The same round with the same model may come again, because a resumed run
+repeats a round whose answer was lost and the answer is the same; with another model it is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedward_client.config import SiteHome
+from fedward_client.plan_ledger import LedgerRow, PlanLedger
+from fedward_client.plan_summary import readable_summary
+from fedward_client.policy import load_policy
+from fedward_common.audit import AuditLog
+from fedward_common.envelope import RunId
+from fedward_common.errors import FederationError, PlanRefusedError, PolicyError, RefusalCode, UsageError
+from fedward_common.federation import Federation
+from fedward_common.files import write_atomically
+from fedward_common.identity import verify_plan
+from fedward_common.plan import SignedPlan, parse_signed_plan
+from fedward_common.registry import DATASETS, MODELS, STRATEGIES, TASKS, TRAINERS, TRANSFORMS
+
+__all__ = ["PlanGate", "StoredPlan", "readable_summary"]
+
+_DIGEST_START = re.compile(r"[0-9a-f]{12,64}")
+_RUN_ID: TypeAdapter[str] = TypeAdapter(RunId)
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """A plan that this site knows.
+
+    Attributes:
+        status: "pending" waits for the operator, "approved" may run, "used" is bound to a run, "expired"
+            can no longer run, "refused" exceeds the policy's limits.
+        objections: what the policy has against it.
+        run_id: the run that uses it.
+        last_round: newest round taken part in, 0 for none.
+    """
+
+    signed: SignedPlan
+    status: Literal["pending", "approved", "used", "expired", "refused"]
+    objections: tuple[str, ...]
+    received: str
+    run_id: str | None
+    last_round: int
+
+
+class PlanGate:
+    """Decides about plans and rounds of one site, and writes every decision to the audit log.
+
+    The daemon asks `decide` and `admit_round`; the operator's commands use `plans`, `find` and `approve`.
+
+    Args:
+        home: the site's folder.
+        federation: whose coordinators' plans are considered.
+        audit: where decisions are written.
+    """
+
+    def __init__(self, home: SiteHome, federation: Federation, audit: AuditLog) -> None:
+        self._home = home
+        self._federation = federation
+        self._audit = audit
+        self._ledger = PlanLedger(home.plans / "ledger.sqlite")
+        self._accepted: set[tuple[str, str]] = set()
+        home.plans.mkdir(mode=0o700, exist_ok=True)
+
+    def decide(self, document: bytes, run_id: str, *, now: datetime | None = None) -> SignedPlan:
+        """Return the plan if it may run here as part of that run.
+
+        Acceptance is audited once for as long as this process lives, although every message asks again;
+        a plan that waits for approval is audited when it is first seen.
+
+        Raises:
+            PlanRefusedError: it may not; `code` says why, for the server, and the message for the operator.
+            PolicyError, AuditError: the ledger or the audit log cannot be written.
+        """
+        moment = now or datetime.now(UTC)
+        try:
+            signed, approved_by = self._judge(document, run_id, moment)
+        except PlanRefusedError as refusal:
+            if refusal.code != RefusalCode.PLAN_NOT_APPROVED:
+                document_digest = hashlib.sha256(document).hexdigest()
+                self._audit.append(
+                    "plan_refused",
+                    document=document_digest,
+                    run_id=_run_token(run_id),
+                    code=int(refusal.code),
+                )
+            raise
+        if (signed.digest, run_id) not in self._accepted:
+            self._audit.append(
+                "plan_accepted",
+                plan=signed.digest,
+                run_id=run_id,
+                signer=signed.signer,
+                approved_by=approved_by,
+            )
+            self._accepted.add((signed.digest, run_id))
+        return signed
+
+    def admit_round(self, run_id: str, round_index: int, base_digest: str) -> None:
+        """Enter a round before any work for it is done.
+
+        Args:
+            run_id: a run whose plan `decide` accepted.
+            round_index: counted from 1.
+            base_digest: SHA-256 (hex) of the global weights sent for this round.
+
+        Raises:
+            PlanRefusedError: an older round, the same one with another model, one beyond the plan's last,
+                or a run that was never accepted: ROUND_REPLAYED.
+        """
+        row = next((row for row in self._ledger.rows() if row.run_id == run_id), None)
+        is_known = row is not None and 1 <= round_index <= self._stored(row.digest).plan.rounds
+        if is_known and self._ledger.enter_round(run_id, round_index, base_digest):
+            self._audit.append("round_admitted", run_id=run_id, round=round_index, base=base_digest)
+            return
+        self._audit.append(
+            "round_refused",
+            run_id=_run_token(run_id),
+            round=round_index,
+            code=int(RefusalCode.ROUND_REPLAYED),
+        )
+        last = "none" if row is None else str(row.last_round)
+        raise PlanRefusedError(
+            f"round {round_index} of run {_run_token(run_id)}: newest round taken part in is {last}",
+            remedy="None is needed here; ask the coordinator to resume the run or to start a new one.",
+            code=RefusalCode.ROUND_REPLAYED,
+        )
+
+    def plans(self, *, now: datetime | None = None) -> list[StoredPlan]:
+        """Every plan this site knows, oldest first."""
+        return [self._describe(row, now or datetime.now(UTC)) for row in self._ledger.rows()]
+
+    def find(self, start: str) -> StoredPlan:
+        """The one plan whose digest begins with `start` (12 hex digits or more).
+
+        Raises:
+            UsageError: none or several do, or `start` is too short.
+        """
+        found = [stored for stored in self.plans() if stored.signed.digest.startswith(start)]
+        if _DIGEST_START.fullmatch(start) is None or len(found) != 1:
+            raise UsageError(
+                f"{len(found)} plans have a digest that begins with {start!r}, expected 1",
+                remedy="Give at least 12 digits of a digest that `fedward-site plan list` shows, or a file.",
+            )
+        return found[0]
+
+    def approve(self, source: str | Path, *, now: datetime | None = None) -> SignedPlan:
+        """Approve exactly one plan: a signed file, or one that waits, by its digest.
+
+        Raises:
+            UsageError: no such plan.
+            PlanRefusedError: it does not verify, or the policy refuses it whoever approves it.
+        """
+        moment = now or datetime.now(UTC)
+        if isinstance(source, Path) or _DIGEST_START.fullmatch(source) is None:
+            document = _read_document(Path(source))
+        else:
+            document = self.find(source).signed.to_bytes()
+        signed = verify_plan(document, self._federation, now=moment)
+        self._check_permitted(signed)
+        self._keep(signed, moment)
+        if self._ledger.approve(signed.digest, moment):
+            self._audit.append("plan_approved", plan=signed.digest, signer=signed.signer)
+        return signed
+
+    def _judge(self, document: bytes, run_id: str, now: datetime) -> tuple[SignedPlan, str]:
+        signed = verify_plan(document, self._federation, now=now)
+        if _run_token(run_id) != run_id:
+            raise PlanRefusedError(
+                "the run's id is malformed", remedy="Report this.", code=RefusalCode.PAYLOAD_MALFORMED
+            )
+        is_new = self._keep(signed, now)
+        rule_approves = self._check_permitted(signed)
+        _check_supported(signed)
+        row = self._ledger.row(signed.digest)
+        if row is not None and row.run_id not in (None, run_id):
+            raise _replayed(signed)
+        if (row is None or row.approved is None) and not rule_approves:
+            if is_new:
+                self._audit.append("plan_pending", plan=signed.digest, signer=signed.signer, run_id=run_id)
+            raise PlanRefusedError(
+                f"plan {signed.plan.name} waits for approval",
+                remedy=f"Read and approve it: fedward-site plan approve {signed.digest}",
+                code=RefusalCode.PLAN_NOT_APPROVED,
+            )
+        if not self._ledger.bind(signed.digest, run_id):
+            raise _replayed(signed)
+        return signed, "rule" if row is None or row.approved is None else "operator"
+
+    def _check_permitted(self, signed: SignedPlan) -> bool:
+        """Refuse what the policy's limits or its faults rule out; whether a rule approves the plan."""
+        try:
+            policy = load_policy(self._home.policy)
+        except PolicyError as error:
+            raise PlanRefusedError(
+                error.message, remedy=error.remedy, code=RefusalCode.PLAN_REFUSED
+            ) from error
+        objections = policy.objections(signed)
+        if objections:
+            raise PlanRefusedError(
+                f"policy refuses plan {signed.plan.name}: {'; '.join(objections)}",
+                remedy="Ask for another plan, or change the limits in policy.toml.",
+                code=RefusalCode.PLAN_REFUSED,
+            )
+        return policy.approves(signed)
+
+    def _keep(self, signed: SignedPlan, now: datetime) -> bool:
+        """Store a genuine plan; whether it was new. The file is complete before the ledger names it."""
+        path = self._path(signed.digest)
+        if not path.exists():
+            write_atomically(path, signed.to_bytes())
+        return self._ledger.receive(signed.digest, now)
+
+    def _stored(self, digest: str) -> SignedPlan:
+        path = self._path(digest)
+        signed = parse_signed_plan(_read_document(path))
+        if signed.digest != digest:
+            raise PolicyError(
+                f"{path} was changed: its digest is {signed.digest}",
+                remedy="Remove the file; find out who did.",
+            )
+        return signed
+
+    def _describe(self, row: LedgerRow, now: datetime) -> StoredPlan:
+        signed = self._stored(row.digest)
+        policy = load_policy(self._home.policy)
+        objections = tuple(policy.objections(signed))
+        status: Literal["pending", "approved", "used", "expired", "refused"]
+        if row.run_id is not None:
+            status = "used"
+        elif signed.expired(now):
+            status = "expired"
+        elif objections:
+            status = "refused"
+        else:
+            status = "approved" if row.approved is not None or policy.approves(signed) else "pending"
+        return StoredPlan(signed, status, objections, row.received, row.run_id, row.last_round)
+
+    def _path(self, digest: str) -> Path:
+        return self._home.plans / f"{digest}.json"
+
+
+def _check_supported(signed: SignedPlan) -> None:
+    """Refuse names that this installation does not have; nothing is imported to find out."""
+    plan = signed.plan
+    named = (
+        (TASKS, plan.task.name),
+        (DATASETS, plan.data.dataset),
+        (TRANSFORMS, plan.transforms.name),
+        (MODELS, plan.model.name),
+        (TRAINERS, plan.training.trainer),
+        (STRATEGIES, plan.strategy.name),
+    )
+    missing = [f"{registry.kind}: {name}" for registry, name in named if name not in registry.names()]
+    if missing:
+        raise PlanRefusedError(
+            f"plan {plan.name} names parts that are not installed here: {', '.join(missing)}",
+            remedy="Install the package that offers them, or ask for another plan.",
+            code=RefusalCode.PLAN_UNSUPPORTED,
+        )
+
+
+def _read_document(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"plan {path}: {error.strerror}", remedy="Give a digest from `fedward-site plan list`, or a file."
+        ) from error
+
+
+def _run_token(run_id: str) -> str:
+    """The run's id as it may stand in the audit log; "malformed" for anything else."""
+    try:
+        return _RUN_ID.validate_python(run_id)
+    except ValidationError:
+        return "malformed"
+
+
+def _replayed(signed: SignedPlan) -> FederationError:
+    return PlanRefusedError(
+        f"plan {signed.plan.name} and this run are already bound to another run or plan",
+        remedy="Ask the coordinator to sign the plan again for a new run; a plan runs once.",
+        code=RefusalCode.PLAN_REPLAYED,
+    )

@@ -1,0 +1,119 @@
+"""A site's settings, and where a site keeps what.
+
+HOME/site.toml        settings (this module)      HOME/policy.toml    what may run unasked (policy.py)
+HOME/identity/        keys and certificates       HOME/plans/         plans and approvals (approvals.py)
+HOME/pseudonym.key    key of the case ids         HOME/audit.jsonl    the audit log
+HOME/index.sqlite     the cohort                  HOME/outbound/      what left
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from fedward_common.errors import UsageError
+from fedward_common.federation import Address
+from fedward_common.plan import Name
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+class SiteConfig(BaseModel, frozen=True, extra="forbid"):
+    """The settings in `site.toml`.
+
+    Attributes:
+        name: the site's name, as in its certificate.
+        server: "host:port" of the federation's server.
+        dicom: folder with DICOM files; only ever read.
+        labels: CSV file with the labels.
+        threads: CPU threads for training; 0 uses all cores.
+        device: where to train; "auto" takes a GPU if there is one.
+    """
+
+    name: Name
+    server: Address
+    dicom: Path
+    labels: Path
+    threads: int = Field(default=0, ge=0, le=1024)
+    device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class SiteHome:
+    """The folder that belongs to one site; everything the site itself writes is in it."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """Settings."""
+        return self.root / "site.toml"
+
+    @property
+    def identity(self) -> Path:
+        """Keys and certificates."""
+        return self.root / "identity"
+
+    @property
+    def pseudonym_key(self) -> Path:
+        """Key of the case ids."""
+        return self.root / "pseudonym.key"
+
+    @property
+    def policy(self) -> Path:
+        """What may run unasked, and what may never run; need not exist."""
+        return self.root / "policy.toml"
+
+    @property
+    def audit(self) -> Path:
+        """The audit log."""
+        return self.root / "audit.jsonl"
+
+    @property
+    def index(self) -> Path:
+        """The cohort."""
+        return self.root / "index.sqlite"
+
+    @property
+    def plans(self) -> Path:
+        """Plans seen here, with their approvals."""
+        return self.root / "plans"
+
+    @property
+    def outbound(self) -> Path:
+        """Copies of what left."""
+        return self.root / "outbound"
+
+
+def load_config(home: SiteHome) -> SiteConfig:
+    """Read a site's settings; relative paths are taken from the site's home.
+
+    Raises:
+        UsageError: not a site's home, not TOML, an unknown key, or a value out of bounds; all are named.
+    """
+    path = home.config
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        config = SiteConfig.model_validate(document)
+    except OSError as error:
+        raise UsageError(
+            f"{path}: {error.strerror}",
+            remedy="Give a site's folder with --home, or make one: fedward-site join",
+        ) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}", remedy="Correct the file.") from error
+    except ValidationError as error:
+        raise UsageError(f"{path}: {faults_of(error)}", remedy="Correct the named keys.") from error
+    return config.model_copy(update={"dicom": home.root / config.dicom, "labels": home.root / config.labels})
+
+
+def faults_of(error: ValidationError) -> str:
+    """Every fault of a document with its key, on one line."""
+    return "; ".join(
+        f"{'.'.join(str(step) for step in fault['loc']) or 'file'}: {fault['msg']}"
+        for fault in error.errors(include_url=False)
+    )

@@ -1,0 +1,1 @@
+"""DICOM as hospitals send it: headers, pixels, and reasons to refuse a file. Parsers stay in here."""

@@ -1,0 +1,67 @@
+"""Read width and height from a compressed image before anything decodes it.
+
+A decoder allocates what the codestream asks for, not what the DICOM header says: 144 bytes can ask for
+gigabytes. Only the first few bytes are looked at, and what is not understood is refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from fedward_client.dicom.refusal import Reason, UnusableImageError
+
+
+@dataclass(frozen=True)
+class FrameSize:
+    """What a codestream says about itself."""
+
+    rows: int
+    columns: int
+    components: int
+
+
+def frame_size(codestream: bytes) -> FrameSize:
+    """Dimensions of a JPEG, JPEG-LS or JPEG 2000 codestream.
+
+    Raises:
+        UnusableImageError: none of the three, or its first headers are damaged.
+
+    Source: ITU-T T.81 B.2.2 (SOF), T.87 C.2.2 (SOF55), T.800 A.5.1 (SIZ).
+    """
+    try:
+        if codestream[:4] == b"\xff\x4f\xff\x51":
+            return _jpeg2000_size(codestream)
+        if codestream[:2] == b"\xff\xd8":
+            return _jpeg_size(codestream)
+    except (struct.error, IndexError):
+        raise UnusableImageError(Reason.CODESTREAM) from None
+    raise UnusableImageError(Reason.CODESTREAM)
+
+
+def _jpeg2000_size(codestream: bytes) -> FrameSize:
+    right, bottom, left, top = struct.unpack_from(">4I", codestream, 8)
+    (components,) = struct.unpack_from(">H", codestream, 40)
+    return FrameSize(bottom - top, right - left, components)
+
+
+def _jpeg_size(codestream: bytes) -> FrameSize:
+    position = 2
+    while True:
+        if codestream[position] != 0xFF:
+            raise UnusableImageError(Reason.CODESTREAM)
+        marker = codestream[position + 1]
+        if marker == 0xFF:  # fill byte in front of a marker
+            position += 1
+            continue
+        if _is_start_of_frame(marker):
+            rows, columns, components = struct.unpack_from(">HHB", codestream, position + 5)
+            return FrameSize(rows, columns, components)
+        (length,) = struct.unpack_from(">H", codestream, position + 2)
+        if length < 2 or marker == 0xDA:
+            raise UnusableImageError(Reason.CODESTREAM)
+        position += 2 + length
+
+
+def _is_start_of_frame(marker: int) -> bool:
+    return marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC))

@@ -1,0 +1,131 @@
+"""What a site remembers about plans: approved or not, used by which run, and how far that run got.
+
+A small SQLite file, because the daemon and the operator's commands use it at the same time, and because
+each answer must be on the disk before it is acted on. One row a plan; a plan is bound to the first run
+that uses it and to no other, ever, and a run is bound to one plan.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from fedward_common.errors import PolicyError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS plans (
+  digest TEXT PRIMARY KEY,
+  received TEXT NOT NULL,
+  approved TEXT,
+  run_id TEXT UNIQUE,
+  last_round INTEGER NOT NULL DEFAULT 0,
+  base_digest TEXT NOT NULL DEFAULT ''
+) STRICT
+"""
+_COLUMNS = "digest, received, approved, run_id, last_round, base_digest"
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One plan.
+
+    Attributes:
+        received, approved: UTC, ISO 8601; `approved` is None until the operator has approved it.
+        run_id: the run that uses it, None before.
+        last_round: newest round taken part in, 0 for none.
+        base_digest: SHA-256 of the global model of that round.
+    """
+
+    digest: str
+    received: str
+    approved: str | None
+    run_id: str | None
+    last_round: int
+    base_digest: str
+
+
+class PlanLedger:
+    """The ledger file; every method is one transaction that is on the disk when it returns.
+
+    All methods raise PolicyError when the file cannot be read or written: no ledger, no plan.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def receive(self, digest: str, now: datetime) -> bool:
+        """Enter a plan; whether it was new."""
+        with self._transaction() as database:
+            entered = database.execute(
+                "INSERT OR IGNORE INTO plans (digest, received) VALUES (?, ?)", (digest, _iso(now))
+            )
+            return entered.rowcount == 1
+
+    def approve(self, digest: str, now: datetime) -> bool:
+        """Mark a plan that was entered as approved by the operator; whether it was not before."""
+        with self._transaction() as database:
+            marked = database.execute(
+                "UPDATE plans SET approved = ? WHERE digest = ? AND approved IS NULL", (_iso(now), digest)
+            )
+            return marked.rowcount == 1
+
+    def bind(self, digest: str, run_id: str) -> bool:
+        """Bind a plan that was entered to a run; False when either is bound to another already."""
+        with self._transaction() as database:
+            holders = database.execute(
+                "SELECT digest, run_id FROM plans WHERE run_id = ? OR (digest = ? AND run_id IS NOT NULL)",
+                (run_id, digest),
+            ).fetchall()
+            if holders:
+                return holders == [(digest, run_id)]
+            bound = database.execute("UPDATE plans SET run_id = ? WHERE digest = ?", (run_id, digest))
+            return bound.rowcount == 1
+
+    def enter_round(self, run_id: str, round_index: int, base_digest: str) -> bool:
+        """Enter a round of a bound run; False when it is neither newer nor the same one again."""
+        with self._transaction() as database:
+            entered = database.execute(
+                "UPDATE plans SET last_round = ?1, base_digest = ?2 WHERE run_id = ?3"
+                " AND (last_round < ?1 OR (last_round = ?1 AND base_digest = ?2))",
+                (round_index, base_digest, run_id),
+            )
+            return entered.rowcount == 1
+
+    def row(self, digest: str) -> LedgerRow | None:
+        """One plan, None if it was never entered."""
+        return next((row for row in self.rows() if row.digest == digest), None)
+
+    def rows(self) -> list[LedgerRow]:
+        """All plans, oldest first."""
+        with self._transaction() as database:
+            found = database.execute(f"SELECT {_COLUMNS} FROM plans ORDER BY received, digest")  # noqa: S608
+            return [LedgerRow(*row) for row in found]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+            database = sqlite3.connect(self._path, timeout=30, isolation_level=None)
+            try:
+                # EXTRA also flushes the folder once the journal is deleted: a commit survives a power cut.
+                database.execute("PRAGMA synchronous = EXTRA")
+                database.execute("BEGIN IMMEDIATE")
+                database.execute(_SCHEMA)
+                yield database
+                database.execute("COMMIT")
+            finally:
+                database.close()
+        except (OSError, sqlite3.Error) as error:
+            raise PolicyError(
+                f"{self._path} cannot be used: {error}",
+                remedy="Free disk space, or restore the file from a backup. Without it no plan runs.",
+            ) from error
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")

@@ -1,0 +1,192 @@
+"""What a site does with one instruction: check it, have the worker do it, let the answer out.
+
+The order is fixed: signature, federation, expiry, replay, approval and policy (the gate) come before
+anything in the message is used; the worker sees only a plan that passed; whatever it returns goes
+through the outbound door. Every failure ends as a number to the server and a line in the site's log.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedward_client.outbound import OutboundDoor
+from fedward_client.site_data import SiteData
+from fedward_client.worker import code_of, place_of
+from fedward_client.worker_process import WorkerProcess
+from fedward_common import weights
+from fedward_common.envelope import Instruction, parse_instruction
+from fedward_common.errors import FederationError, PayloadError, RefusalCode
+from fedward_common.plan import SignedPlan
+from fedward_common.protocol import Down, Up
+
+
+class Gate(Protocol):
+    """Decides whether a plan may run here, and whether a round may be taken part in."""
+
+    def decide(self, document: bytes, run_id: str) -> SignedPlan:
+        """Return the plan if its signature holds and it is approved; raise an error with `code` if not."""
+
+    def admit_round(self, run_id: str, round_index: int, base_digest: str) -> None:
+        """Raise an error with `code` when the round was already taken part in with another model."""
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """The few values of a site's configuration that its work depends on."""
+
+    name: str
+    data: SiteData
+    threads: int
+    device: str
+
+
+class SiteSession:
+    """Answers instructions one at a time; `cancel` may be called from another thread."""
+
+    def __init__(
+        self,
+        settings: SiteSettings,
+        gate: Gate,
+        door: OutboundDoor,
+        worker: WorkerProcess,
+        report: Callable[..., None],
+    ) -> None:
+        """Wire a session.
+
+        Args:
+            settings: the site's name, folders and machine share.
+            gate: plan approval and policy.
+            door: the only maker of outgoing messages.
+            worker: the process that touches images; may be shared by several simulated sites.
+            report: writes one event to the site's own log.
+        """
+        self._settings = settings
+        self._gate = gate
+        self._door = door
+        self._worker = worker
+        self._report = report
+        self._opened: tuple[int | None, str] | None = None
+        self._counts: dict[str, int] = {}
+        self._last: tuple[Instruction, Up] | None = None
+        self._busy = threading.Lock()
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes of the largest message this site reads."""
+        return 2**31 - 1
+
+    def handle(self, down: Down) -> Up | None:
+        """Answer one message; None when it is not even an instruction (there is nothing to refer to)."""
+        try:
+            instruction = parse_instruction(down.instruction)
+        except PayloadError as error:
+            self._report("instruction_malformed", where=place_of(error))
+            return None
+        with self._busy:
+            started = time.monotonic()
+            try:
+                up = self._answer(instruction, down)
+            except Exception as error:  # the edge of the site: a number leaves, the place is logged here
+                code = getattr(error, "code", None) or code_of(error)
+                self._report(
+                    "instruction_refused",
+                    run_id=instruction.run_id,
+                    round=instruction.round_index,
+                    action=instruction.action,
+                    code=int(code),
+                    where=getattr(error, "where", None) or place_of(error),
+                )
+                return self._door.refusal(instruction, code)
+            self._report(
+                "instruction_done",
+                run_id=instruction.run_id,
+                round=instruction.round_index,
+                action=instruction.action,
+                seconds=round(time.monotonic() - started, 3),
+            )
+            return up
+
+    def cancel(self) -> None:
+        """Stop whatever the worker is doing, now."""
+        self._worker.kill()
+
+    def close(self) -> None:
+        """End the worker."""
+        self._worker.stop()
+
+    def _answer(self, instruction: Instruction, down: Down) -> Up:
+        if self._last is not None and self._last[0] == instruction:
+            # The server lost our answer (a restart, a cut connection): the same question, the same answer.
+            return self._last[1]
+        signed = self._gate.decide(down.signed_plan, instruction.run_id)
+        if signed.digest != instruction.plan_digest:
+            raise PayloadError(
+                "instruction and plan do not belong together", remedy="Report this as a fault."
+            )
+        if instruction.action == "prepare":
+            self._open(signed)
+            return self._door.counts(instruction, signed, self._counts)
+        payload = self._checked(instruction, down.payload, signed)
+        if instruction.action == "train":
+            self._gate.admit_round(instruction.run_id, instruction.round_index, instruction.base_digest or "")
+        self._open(signed)
+        up = self._work(instruction, signed, payload)
+        self._last = (instruction, up)
+        return up
+
+    def _work(self, instruction: Instruction, signed: SignedPlan, payload: bytes) -> Up:
+        request = {
+            "op": instruction.action,
+            "site": self._settings.name,
+            "round_index": instruction.round_index,
+            "split": instruction.split,
+        }
+        header, reply = self._worker.call(request, payload)
+        if instruction.action == "train":
+            return self._door.update(
+                instruction, signed, bytes(reply), int(header["num_cases"]), float(header["mean_loss"])
+            )
+        return self._door.states(instruction, signed, bytes(reply))
+
+    def _checked(self, instruction: Instruction, payload: bytes | None, signed: SignedPlan) -> bytes:
+        if payload is None or len(payload) != weights.num_bytes(signed.body.layout):
+            raise PayloadError(
+                "the model sent does not have the plan's layout", remedy="Report this as a fault."
+            )
+        if weights.digest(payload) != instruction.base_digest:
+            raise BaseMismatchError
+        return payload
+
+    def _open(self, signed: SignedPlan) -> None:
+        """Open the cohort for this plan in the worker, unless this very process has it open."""
+        self._worker.start()
+        if self._opened == (self._worker.pid, signed.digest):
+            return
+        data = self._settings.data
+        header, _ = self._worker.call(
+            {
+                "op": "open",
+                "site": self._settings.name,
+                "plan": signed.plan.model_dump(mode="json"),
+                "home": str(data.home),
+                "dicom": str(data.dicom),
+                "labels": str(data.labels),
+                "threads": self._settings.threads,
+                "device": self._settings.device,
+            }
+        )
+        self._opened = (self._worker.pid, signed.digest)
+        self._counts = {name: int(count) for name, count in header["counts"].items()}
+
+
+class BaseMismatchError(FederationError):
+    """The model received does not match the digest in the instruction."""
+
+    code = RefusalCode.BASE_MISMATCH
+
+    def __init__(self) -> None:
+        super().__init__("model received does not match its digest", remedy="The server will send it again.")

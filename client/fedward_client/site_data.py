@@ -1,0 +1,25 @@
+"""Where one site keeps its images, its labels and its own state.
+
+The only thing that the data side of a site needs to know: no keys, no network, no plan. The daemon
+hands it to the worker process, and the operator's commands build it from `site.toml`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """The three places of a site.
+
+    Args:
+        home: the site's own folder (index, pseudonym key, cache); readable by its owner alone.
+        dicom: folder with DICOM files, any names, any depth; only ever read.
+        labels: CSV file; see `labels.py` for its columns.
+    """
+
+    home: Path
+    dicom: Path
+    labels: Path

@@ -1,0 +1,1 @@
+"""Where images come from. A source finds files and yields their bytes, nothing more."""

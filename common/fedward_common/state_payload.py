@@ -1,0 +1,51 @@
+"""Additive metric counts on the wire: int64, end to end, in the layout that the plan implies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward_common.errors import PayloadError
+from fedward_common.evaluation.state import state_layout
+from fedward_common.plan import TrainingPlan
+
+
+def state_bytes(plan: TrainingPlan) -> int:
+    """Bytes of one packed metric state."""
+    return 8 * sum(math.prod(shape) for shape in state_layout(plan).values())
+
+
+def pack_state(state: Mapping[str, NDArray[np.int64]], plan: TrainingPlan) -> bytes:
+    """Lay the counts end to end as little-endian int64, in the plan's order.
+
+    Raises:
+        PayloadError: names or shapes differ from the plan's.
+    """
+    layout = state_layout(plan)
+    if {name: array.shape for name, array in state.items()} != layout:
+        raise PayloadError("metric state does not have the plan's layout", remedy="Report this as a fault.")
+    return b"".join(np.ascontiguousarray(state[name], dtype="<i8").tobytes() for name in layout)
+
+
+def unpack_state(payload: bytes | bytearray | memoryview, plan: TrainingPlan) -> dict[str, NDArray[np.int64]]:
+    """Read packed counts; the arrays are views of `payload`.
+
+    Raises:
+        PayloadError: the number of bytes differs.
+    """
+    if len(payload) != state_bytes(plan):
+        raise PayloadError(
+            f"metric state has {len(payload)} bytes, expected {state_bytes(plan)}",
+            remedy="Both sides must run the same plan and the same version of fedward.",
+        )
+    flat = np.frombuffer(payload, dtype="<i8")
+    state: dict[str, NDArray[np.int64]] = {}
+    start = 0
+    for name, shape in state_layout(plan).items():
+        size = math.prod(shape)
+        state[name] = flat[start : start + size].reshape(shape)
+        start += size
+    return state

@@ -1,0 +1,150 @@
+"""Chest radiographs: one channel, resized to the plan's size, intensity from -1 to 1.
+
+Intensity is scaled by each image's own minimum and maximum, so that neither the detector's bit depth nor
+its exposure tells the sites apart. Aspect ratio is not kept: padding would mark a site by its borders.
+
+Augmentation works on a whole batch at once. MONAI's random transforms work on one image at a time, which
+takes longer than training a small network on it; MONAI's batched `AffineTransform` with matrices drawn
+here does rotation, flip and zoom in one resampling, on the device where the batch lies.
+
+MONAI takes seconds to import, so this is left until an image must be resized or a batch varied.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward_common.errors import PlanError
+from fedward_common.plan import Augmentation, TrainingPlan
+from fedward_common.transforms import Transform
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedward_common.transforms import Augment, Preprocess
+
+
+def preprocess(plan: TrainingPlan) -> Preprocess:
+    """Give a function from one image `(height, width)`, any unit, to float32 `(1, *size)` in [-1, 1].
+
+    Raises:
+        PlanError: the plan's size is not 2-D.
+    """
+    size = plan.transforms.size
+    if len(size) != 2:
+        raise PlanError(
+            f"transform chest_xray: size {list(size)} has {len(size)} numbers, expected height and width",
+            remedy="Set transforms.size to two numbers.",
+        )
+
+    def to_tensor(image: NDArray[np.float32]) -> torch.Tensor:
+        import torch
+
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).unsqueeze(0)
+        return _full_range(_resized(pixels, size))
+
+    return to_tensor
+
+
+def augment(plan: TrainingPlan) -> Augment | None:
+    """Give a function that varies a training batch, or None when the plan varies nothing.
+
+    All draws come from the generator, in a fixed number per image and order: what one image gets does not
+    depend on which changes the plan has switched on.
+    """
+    settings = plan.transforms.augmentation
+    moves = settings.rotate_degrees > 0 or settings.flip or settings.zoom > 0
+    if not moves and settings.intensity == 0:
+        return None
+
+    def vary(batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        import torch
+
+        count = batch.shape[0]
+        drawn = torch.rand((count, _NUM_DRAWS), generator=generator)
+        chosen = torch.rand((count, _NUM_DRAWS), generator=generator) < settings.probability
+        if moves:
+            matrices = _matrices(drawn, chosen, settings, batch.shape[-2] / batch.shape[-1])
+            batch = _resampled(batch, matrices.to(batch.device))
+        if settings.intensity > 0:
+            batch = _relit(batch, drawn, chosen, settings.intensity)
+        return batch
+
+    return vary
+
+
+_ROTATE, _FLIP, _ZOOM, _CONTRAST, _BRIGHTNESS = range(5)
+_NUM_DRAWS = 5
+
+
+def _resized(pixels: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    if tuple(pixels.shape[1:]) == size:
+        return pixels
+    import torch
+    from monai.transforms import Resize
+
+    shrinks = all(old >= new for old, new in zip(pixels.shape[1:], size, strict=True))
+    # "area" averages every pixel that falls into a new one: shrinking without it invents texture
+    mode, align_corners = ("area", None) if shrinks else ("bilinear", False)
+    resized = Resize(size, mode=mode, align_corners=align_corners)(pixels)
+    return torch.as_tensor(resized, dtype=torch.float32).as_subclass(torch.Tensor).contiguous()
+
+
+def _full_range(pixels: torch.Tensor) -> torch.Tensor:
+    """Stretch an image to [-1, 1]; one grey level all over becomes 0."""
+    low, high = pixels.aminmax()
+    if high <= low:
+        return pixels.new_zeros(pixels.shape)
+    return (pixels - low).mul_(2.0 / (high - low)).sub_(1.0)
+
+
+def _matrices(
+    drawn: torch.Tensor, chosen: torch.Tensor, settings: Augmentation, aspect: float
+) -> torch.Tensor:
+    """Build `(batch, 2, 3)` maps from new to old positions, both from -1 to 1 as (x, y) about the centre.
+
+    Args:
+        drawn: `(batch, draws)` uniform in [0, 1).
+        chosen: `(batch, draws)` whether that change happens to that image.
+        settings: how far each change may go.
+        aspect: height over width in pixels, so that a rotation stays one in images that are not square.
+    """
+    import torch
+
+    centred = (2 * drawn - 1) * chosen
+    angle = centred[:, _ROTATE] * math.radians(settings.rotate_degrees)
+    scale = 1 / (1 + centred[:, _ZOOM] * settings.zoom)
+    mirror = 1 - 2 * (chosen[:, _FLIP] & settings.flip).float()
+    cosine, sine = angle.cos() * scale, angle.sin() * scale
+    matrices = torch.zeros(drawn.shape[0], 2, 3)
+    matrices[:, 0, 0] = cosine * mirror
+    matrices[:, 0, 1] = -sine * aspect * mirror
+    matrices[:, 1, 0] = sine / aspect
+    matrices[:, 1, 1] = cosine
+    return matrices
+
+
+def _resampled(batch: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Resample once, bilinear; what comes from outside an image repeats its border."""
+    from monai.networks.layers import AffineTransform
+
+    layer = AffineTransform(
+        normalized=True, padding_mode="border", align_corners=False, reverse_indexing=False
+    )
+    moved: torch.Tensor = layer(batch, matrices)
+    return moved
+
+
+def _relit(batch: torch.Tensor, drawn: torch.Tensor, chosen: torch.Tensor, intensity: float) -> torch.Tensor:
+    """Change contrast by up to `intensity` of itself and brightness by up to `intensity`, within [-1, 1]."""
+    change = ((2 * drawn - 1) * chosen).to(batch.device) * intensity
+    contrast = (1 + change[:, _CONTRAST]).view(-1, 1, 1, 1)
+    brightness = change[:, _BRIGHTNESS].view(-1, 1, 1, 1)
+    return (batch * contrast + brightness).clamp_(-1, 1)
+
+
+TRANSFORM = Transform(name="chest_xray", channels=1, preprocess=preprocess, augment=augment)

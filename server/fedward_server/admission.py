@@ -1,0 +1,131 @@
+"""Decide whether a site's answer may be used (hop 8).
+
+Runs before any arithmetic: one NaN admitted is a global model lost. Refusals are values, not
+exceptions, because one bad site must not stop the round for the others. Nothing here trusts a length, a
+name or a number that the site sent until it agrees with the signed plan and the site's signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward_common.envelope import Envelope, Instruction, Numbers, parse_envelope, signed_bytes
+from fedward_common.errors import PayloadError, RefusalCode
+from fedward_common.evaluation.state import check_state
+from fedward_common.identity import verify
+from fedward_common.plan import SignedPlan, TrainingPlan
+from fedward_common.protocol import Up
+from fedward_common.state_payload import unpack_state
+from fedward_common.weights import Weights, num_bytes, unpack
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A site's answer after the checks: usable when `code` is OK.
+
+    `delta` is set for an admitted `train`; `state` for an admitted `evaluate` or `baseline`, unless the
+    site held it back because it rests on too few cases.
+    """
+
+    site: str
+    code: RefusalCode
+    numbers: Numbers = Numbers()
+    delta: Weights | None = None
+    state: dict[str, NDArray[np.int64]] | None = None
+    payload_bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether it may be used."""
+        return self.code is RefusalCode.OK
+
+
+def admit(up: Up, instruction: Instruction, signed: SignedPlan, site: str, signing_key: str) -> Answer:
+    """Check one answer.
+
+    Args:
+        up: what arrived.
+        instruction: what the site was asked.
+        signed: the plan of the run.
+        site: the name that the connection's certificate proved.
+        signing_key: that site's Ed25519 public key (hex) in the federation's roster.
+    """
+    if not verify(signing_key, signed_bytes(up.envelope), up.signature):
+        return Answer(site, RefusalCode.UPDATE_UNSIGNED)
+    try:
+        envelope = parse_envelope(up.envelope)
+    except PayloadError:
+        return Answer(site, RefusalCode.UPDATE_MALFORMED)
+    if envelope.site != site or not envelope.answers(instruction):
+        return Answer(site, RefusalCode.UPDATE_STALE)
+    if envelope.code != RefusalCode.OK:
+        return Answer(site, _known_code(envelope.code), envelope.numbers)
+    if not _payload_matches(envelope, up.payload):
+        return Answer(site, RefusalCode.UPDATE_MALFORMED)
+    if instruction.action == "prepare":
+        return Answer(site, RefusalCode.OK, envelope.numbers)
+    if instruction.action == "train":
+        return _admit_update(envelope, up.payload, signed)
+    return _admit_state(envelope, up.payload, signed.plan)
+
+
+def _admit_update(envelope: Envelope, payload: bytes | None, signed: SignedPlan) -> Answer:
+    privacy = signed.plan.privacy
+    num_cases = envelope.numbers.num_cases
+    if payload is None or num_cases is None or len(payload) != num_bytes(signed.body.layout):
+        return Answer(envelope.site, RefusalCode.UPDATE_MALFORMED)
+    if not privacy.min_cases <= num_cases <= privacy.max_cases:
+        return Answer(envelope.site, RefusalCode.UPDATE_OUT_OF_BOUNDS)
+    code = _check_values(np.frombuffer(payload, dtype="<f4"), privacy.max_abs, privacy.max_norm)
+    if code is not RefusalCode.OK:
+        return Answer(envelope.site, code)
+    delta = unpack(payload, signed.body.layout)
+    return Answer(envelope.site, RefusalCode.OK, envelope.numbers, delta=delta, payload_bytes=len(payload))
+
+
+def _admit_state(envelope: Envelope, payload: bytes | None, plan: TrainingPlan) -> Answer:
+    try:
+        state = unpack_state(payload or b"", plan)
+        check_state(state, plan, max_cases=plan.privacy.max_cases)
+    except PayloadError:
+        return Answer(envelope.site, RefusalCode.UPDATE_MALFORMED)
+    held_back = envelope.numbers.num_cases is None
+    return Answer(
+        envelope.site,
+        RefusalCode.OK,
+        envelope.numbers,
+        state=None if held_back else state,
+        payload_bytes=len(payload or b""),
+    )
+
+
+def _check_values(flat: NDArray[np.float32], max_abs: float, max_norm: float) -> RefusalCode:
+    """Finite and within bounds, in blocks that fit the cache; the norm is summed in float64."""
+    total = 0.0
+    for start in range(0, len(flat), _BLOCK):
+        block = flat[start : start + _BLOCK].astype(np.float64)
+        square = float(block @ block)
+        if not np.isfinite(square):
+            return RefusalCode.UPDATE_NOT_FINITE
+        if float(np.abs(block, out=block).max(initial=0.0)) > max_abs:
+            return RefusalCode.UPDATE_OUT_OF_BOUNDS
+        total += square
+    return RefusalCode.OK if total <= max_norm**2 else RefusalCode.UPDATE_OUT_OF_BOUNDS
+
+
+def _payload_matches(envelope: Envelope, payload: bytes | None) -> bool:
+    digest = None if payload is None else hashlib.sha256(payload).hexdigest()
+    return envelope.payload_digest == digest
+
+
+def _known_code(code: int) -> RefusalCode:
+    try:
+        return RefusalCode(code)
+    except ValueError:
+        return RefusalCode.INTERNAL

@@ -1,0 +1,433 @@
+"""Flower's SuperLink behind two listeners (FLOWER facts: its own port serves everything to everybody).
+
+The sites' listener asks for a client certificate of the federation, serves `/v1/fleet/` and nothing
+else, and insists that certificate, role and Flower node key belong together. The loopback listener
+serves `/v1/runtime/` to the ServerApp processes that this server itself started. Flower's control API,
+its documentation pages and its task queue are reachable from neither: runs are opened here, by calls on
+the state, without any uploaded code.
+
+Both listeners hold a request for messages until there is one (long polling), so that neither sites nor
+ServerApp poll, and a message is on its way within milliseconds. All use of Flower's internals on the
+server is in this module and `rounds`; contract tests hold it to flwr 1.41.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import secrets
+import ssl
+import sys
+import threading
+from base64 import b64encode
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+# Telemetry, the update check and the dependency installer are on by default in Flower.
+os.environ.update(
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+)
+
+import uvicorn
+from flwr.common.constant import NOOP_FLWR_AID, SubStatus
+from flwr.supercore.constant import (
+    FLWR_IN_MEMORY_DB_NAME,
+    NOOP_FEDERATION_ID,
+    NodeStatus,
+    TaskType,
+)
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from fedward_common.errors import ConnectionLostError, FederationError
+from fedward_common.identity import Identity, node_public_key_pem, peer_of
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+HOLD_S = 2.0  # how long an empty pull is held; also how long a stopping site may still wait
+MAX_BODY = 64 * 2**20  # Flower sends tensors in pieces of 5 MiB; messages list at most some thousand
+_PEER = "fedward_peer"
+_CONCURRENCY = 512
+_log = logging.getLogger("fedward.link")
+
+
+@dataclass(frozen=True)
+class FlowerRun:
+    """A run as Flower knows it, and the token with which its ServerApp speaks for it."""
+
+    flower_run_id: int
+    token: str
+
+
+class Link:
+    """Owns the SuperLink state and both listeners; everything Flower does on the server passes here."""
+
+    def __init__(
+        self, identity: Identity, *, host: str, port: int, trusted_sites: Callable[[], Mapping[str, str]]
+    ) -> None:
+        """Prepare the listeners.
+
+        Args:
+            identity: the server's certificate and the federation's CA.
+            host: address of the sites' listener.
+            port: its port.
+            trusted_sites: sites that may connect now, with the SHA-256 (hex) of their certificate; asked
+                at every request.
+        """
+        # The package hides this module behind a function of the same name.
+        import flwr.superlink.cli.flower_superlink  # noqa: F401
+
+        superlink = sys.modules["flwr.superlink.cli.flower_superlink"]
+        app = create_app(_superlink_config(), superlink.SuperLinkLifespan)
+        self._state = app.state.linkstate_factory.state()
+        self._tasks: dict[int, int] = {}
+        instructions, replies = _News(), _News()
+        register = _Registrar(self._state, trusted_sites)
+        sites = uvicorn.Config(
+            _OnlyPaths("/v1/fleet/", register.guard(_LongPoll(app, awaits=instructions, tells=replies))),
+            host=host,
+            port=port,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            http=_PeerProtocol,
+            ws="none",
+            server_header=False,
+            limit_concurrency=_CONCURRENCY,
+            ssl_certfile=identity.certificate,
+            ssl_keyfile=str(identity.key),
+            ssl_ca_certs=str(identity.ca),
+            ssl_cert_reqs=ssl.CERT_REQUIRED,
+            timeout_graceful_shutdown=1,
+        )
+        local = uvicorn.Config(
+            _OnlyPaths("/v1/runtime/", _LongPoll(app, awaits=replies, tells=instructions)),
+            host="127.0.0.1",
+            port=0,
+            log_config=None,
+            access_log=False,
+            ws="none",
+            timeout_graceful_shutdown=1,
+        )
+        self._sites, self._local = _Listener(sites), _Listener(local)
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="link")
+        self._failure: BaseException | None = None
+
+    @property
+    def runtime_address(self) -> str:
+        """host:port of the loopback listener, for ServerApp processes."""
+        return f"127.0.0.1:{self._local.port}"
+
+    @property
+    def port(self) -> int:
+        """Port of the sites' listener."""
+        return self._sites.port
+
+    def start(self) -> None:
+        """Open both listeners.
+
+        Raises:
+            ConnectionLostError: a port is taken or the certificate cannot be used.
+        """
+        self._thread.start()
+        for listener in (self._local, self._sites):
+            while not listener.ready.wait(0.05):
+                if not self._thread.is_alive():
+                    raise ConnectionLostError(
+                        f"the sites' listener did not open: {self._failure!r}",
+                        remedy="Choose another --port, or stop the program that uses this one.",
+                    )
+
+    def stop(self) -> None:
+        """Close both listeners."""
+        for listener in (self._sites, self._local):
+            listener.should_exit = True
+        self._thread.join(timeout=10)
+
+    def open_run(self) -> FlowerRun:
+        """Create a run without any code in it, already claimed for our own ServerApp."""
+        run_id = self._state.create_run(
+            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        task_id = self._state.get_run_info(run_ids=[run_id])[0].primary_task_id
+        token = self._state.claim_task(task_id)
+        if not run_id or token is None:
+            raise FederationError("Flower did not open a run", remedy="Restart: fedward serve")
+        self._state.activate_task(task_id)
+        self._tasks[run_id] = task_id
+        return FlowerRun(run_id, token)
+
+    def close_run(self, flower_run_id: int, *, stopped: bool) -> None:
+        """End a run; from now on sites are told that it wants no work."""
+        task_id = self._tasks.pop(flower_run_id, None)
+        if task_id is not None:
+            self._state.finish_task(task_id, SubStatus.STOPPED if stopped else SubStatus.COMPLETED, "")
+            self._state.cleanup_run(flower_run_id)
+
+    def online_sites(self) -> list[str]:
+        """Names of the sites with a live connection."""
+        nodes = self._state.get_node_info(statuses=[NodeStatus.ONLINE])
+        return sorted(node.name for node in nodes)
+
+    def _serve(self) -> None:
+        async def both() -> None:
+            await asyncio.gather(self._local.serve(), self._sites.serve())
+
+        try:
+            asyncio.run(both())
+        except (SystemExit, Exception) as error:  # uvicorn exits the process when it cannot bind
+            self._failure = error
+
+
+class _Listener(uvicorn.Server):
+    """A uvicorn server that leaves signals to the process and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = threading.Event()
+        self.port = 0
+
+    def install_signal_handlers(self) -> None:
+        """Signals belong to `serve`."""
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.port = self.servers[0].sockets[0].getsockname()[1]
+            self.ready.set()
+
+
+class _PeerProtocol(HttpToolsProtocol):
+    """Hands the client's certificate to the application, which uvicorn does not."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        tls = self.transport.get_extra_info("ssl_object")
+        self.scope[_PEER] = None if tls is None else tls.getpeercert(binary_form=True)  # type: ignore[typeddict-unknown-key]
+
+
+class _Registrar:
+    """Lets a site in when certificate, role, roster and Flower node key agree, and introduces it.
+
+    A site that proves its identity anew is the only one of that name: whatever session Flower still
+    holds for it is ended first, so a killed daemon can come back at once, and messages that the dead
+    session took with it are delivered again.
+    """
+
+    def __init__(self, state: Any, trusted_sites: Callable[[], Mapping[str, str]]) -> None:
+        self._state = state
+        self._trusted = trusted_sites
+
+    def guard(self, app: App) -> App:
+        """Wrap `app`: 403 unless the caller is who it says it is."""
+
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                return
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                _log.warning("site_refused", extra={"reason": refusal})
+                await _answer(send, 403)
+                return
+            if scope["path"] == "/v1/fleet/activate-node":
+                self._introduce(scope)
+            await app(scope, receive, send)
+
+        return guarded
+
+    def _refusal(self, scope: Scope) -> str | None:
+        certificate = scope.get(_PEER)
+        if certificate is None:
+            return "no_certificate"
+        try:
+            peer = peer_of(certificate)
+        except FederationError:
+            return "foreign_certificate"
+        if peer.role != "site":
+            return "not_a_site"
+        if self._trusted().get(peer.name) != hashlib.sha256(certificate).hexdigest():
+            return "not_in_roster"
+        if _header(scope, b"flwr-public-key") != _encoded(node_public_key_pem(certificate)):
+            return "foreign_node_key"
+        return None
+
+    def _introduce(self, scope: Scope) -> None:
+        certificate = scope[_PEER]
+        public_key = node_public_key_pem(certificate)
+        node_id = self._state.get_node_id_by_public_key(public_key)
+        if node_id is None:
+            name = peer_of(certificate).name
+            self._state.create_node(NOOP_FLWR_AID, name, public_key, 0, name=name)
+            return
+        self._state.deactivate_node(node_id)
+        with self._state.lock:
+            for message in self._state.message_ins_store.values():
+                answered = message.metadata.message_id in self._state.message_ins_id_to_message_res_id
+                if message.metadata.dst_node_id == node_id and not answered:
+                    message.metadata.delivered_at = ""
+
+
+class _OnlyPaths:
+    """404 for everything outside one prefix, without asking the application behind it."""
+
+    def __init__(self, prefix: str, app: App) -> None:
+        self._prefix = prefix
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            path = scope["path"]
+            # Compare what the router will see: no dot segments, no doubled or encoded slashes.
+            plain = path.startswith(self._prefix) and "//" not in path and ".." not in path
+            if plain and scope["method"] == "POST":
+                await self._app(scope, receive, send)
+            else:
+                await _answer(send, 404)
+
+
+class _News:
+    """Wakes held pulls when something was pushed."""
+
+    def __init__(self) -> None:
+        self._event: asyncio.Event | None = None
+
+    async def wait(self, seconds: float) -> None:
+        """Until the next `tell`, or `seconds`."""
+        if self._event is None:
+            self._event = asyncio.Event()
+        try:
+            await asyncio.wait_for(asyncio.shield(self._event.wait()), seconds)
+        except TimeoutError:
+            return
+
+    def tell(self) -> None:
+        """Wake everyone who waits now."""
+        event, self._event = self._event, None
+        if event is not None:
+            event.set()
+
+
+class _LongPoll:
+    """Repeats an empty `pull-messages` until there is a message, or `HOLD_S` has passed."""
+
+    def __init__(self, app: App, *, awaits: _News, tells: _News) -> None:
+        self._app = app
+        self._awaits = awaits
+        self._tells = tells
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["path"].endswith("/pull-messages"):
+            await self._held(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+            if scope["path"].endswith("/push-messages"):
+                self._tells.tell()
+
+    async def _held(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _read_body(receive)
+        if body is None:
+            await _answer(send, 413)
+            return
+        until = asyncio.get_running_loop().time() + HOLD_S
+        while True:
+            pause = self._awaits.wait(max(0.0, until - asyncio.get_running_loop().time()))
+            waiting = asyncio.ensure_future(pause)  # from before the look, so that nothing is missed
+            reply = await _ask(self._app, dict(scope), body)
+            empty = reply[0]["status"] == 200 and not any(part.get("body") for part in reply[1:])
+            if not empty or asyncio.get_running_loop().time() >= until:
+                waiting.cancel()
+                for part in reply:
+                    await send(part)
+                return
+            await waiting
+
+
+async def _ask(app: App, scope: Scope, body: bytes) -> list[MutableMapping[str, Any]]:
+    """Call an ASGI application with a body already read; return the messages it sends."""
+    parts: list[MutableMapping[str, Any]] = []
+    asked = False
+
+    async def receive() -> MutableMapping[str, Any]:
+        nonlocal asked
+        if asked:
+            return {"type": "http.disconnect"}
+        asked = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(part: MutableMapping[str, Any]) -> None:
+        parts.append(part)
+
+    scope["state"] = dict(scope.get("state", {}))
+    await app(scope, receive, send)
+    return parts
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """The request's body, or None when it is larger than any pull can be."""
+    body = b""
+    while True:
+        part = await receive()
+        body += part.get("body", b"")
+        if len(body) > MAX_BODY:
+            return None
+        if not part.get("more_body"):
+            return body
+
+
+async def _answer(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    values = [value for key, value in scope["headers"] if key == name]
+    return values[0] if len(values) == 1 else None
+
+
+def _encoded(public_key: bytes) -> bytes:
+    return b64encode(public_key)
+
+
+def _superlink_config() -> SuperLinkLifespanConfig:
+    """Node authentication on, no code, no control access, tasks claimable only with a secret nobody has.
+
+    State is in memory: what must survive a crash is in our own run store, and tensors never reach a disk.
+    """
+    return SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host="127.0.0.1",
+        port=0,
+        insecure=False,
+        certificates=None,
+        superexec_auth_secret=secrets.token_bytes(32),
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type="grpc-rere",
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=FLWR_IN_MEMORY_DB_NAME,
+        isolation="process",
+        runtime_dependency_install=False,
+    )

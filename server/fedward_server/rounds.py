@@ -1,0 +1,282 @@
+"""One run, round after round (hop 9): select, send, collect, admit, aggregate, evaluate, record.
+
+A round exists once its checkpoint and its record are on disk; a crash at any point leaves the last such
+round to continue from. The sum over sites is exact, so neither the order of arrival nor the number of
+sites changes the result's bits or the memory it takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from fedward_common.aggregation import RunningSum
+from numpy.typing import NDArray
+
+from fedward_common import weights
+from fedward_common.envelope import SplitName
+from fedward_common.errors import RefusalCode, RunFailedError
+from fedward_common.evaluation.state import MetricSummary, empty_state, merge, summarise
+from fedward_common.plan import SignedPlan, TrainingPlan
+from fedward_common.registry import STRATEGIES
+from fedward_common.weights import Weights
+from fedward_server.admission import Answer
+from fedward_server.fleet import Fleet, Question, RunStoppedError
+from fedward_server.runs import RoundRecord, SiteRecord
+
+_APPROVAL_PAUSE_S = 1.0
+StrategyState = dict[str, NDArray[Any]]
+
+
+class Recorder(Protocol):
+    """Where a run leaves its traces; durable before it returns."""
+
+    def event(self, kind: str, fields: dict[str, Any]) -> None:
+        """Tell whoever watches."""
+
+    def commit(self, model: GlobalModel, record: RoundRecord, keep: int) -> None:
+        """Write checkpoint and record, naming the checkpoint in the record; never prune round `keep`."""
+
+    def model_of(self, round_index: int) -> GlobalModel:
+        """Read a committed round's model back."""
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """The global model after a round, with everything the next round depends on."""
+
+    round_index: int
+    values: Weights
+    strategy_state: StrategyState
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Metrics of one model on one split, global and per site (None: held back or not answered)."""
+
+    total: MetricSummary | None
+    sites: dict[str, MetricSummary | None]
+
+
+@dataclass
+class RunOutcome:
+    """What a finished run found."""
+
+    selected_round: int
+    test: Measurement
+    local: dict[str, MetricSummary | None] = field(default_factory=dict)
+
+
+class RoundLoop:
+    """Runs a plan to its end on a fleet."""
+
+    def __init__(self, fleet: Fleet, signed: SignedPlan, recorder: Recorder) -> None:
+        self._fleet = fleet
+        self._signed = signed
+        self._plan: TrainingPlan = signed.plan
+        self._layout = signed.body.layout
+        self._recorder = recorder
+        self._strategy = STRATEGIES.load(self._plan.strategy.name)
+
+    def run(self, start: GlobalModel, initial: Weights, history: list[RoundRecord]) -> RunOutcome:
+        """Train from `start` to the plan's last round, then measure the selected model.
+
+        Args:
+            start: round 0 for a new run, the last committed round for a resumed one.
+            initial: the untrained model, from which the local comparison starts.
+            history: records of the rounds committed so far.
+
+        Raises:
+            RunFailedError: fewer sites than the quorum.
+            RunStoppedError: somebody stopped the run.
+        """
+        model = start
+        self._gather()
+        if model.round_index == 0 and self._plan.evaluation.initial:
+            self._measure(model, 0, "validation")
+        while model.round_index < self._plan.rounds:
+            model, record = self._round(model)
+            history = [*history, record]
+            self._recorder.commit(model, record, keep=self._selected(history))
+            self._recorder.event("round_committed", {"round": record.round_index, "seconds": record.seconds})
+        return self._finish(model, initial, self._selected(history))
+
+    def _gather(self) -> None:
+        """Wait until every site of the roster is ready, or the plan's patience ends with a quorum."""
+        until = time.monotonic() + self._plan.participation.gather_s
+        ready: set[str] = set()
+        told: tuple[list[str], dict[str, int]] | None = None
+        while True:
+            missing = [site for site in self._fleet.roster if site not in ready]
+            question = Question("prepare", 0, None, max(1.0, until - time.monotonic()))
+            waiting: dict[str, int] = {}
+            for answer in self._fleet.ask(missing, question):
+                if answer.ok:
+                    ready.add(answer.site)
+                else:
+                    waiting[answer.site] = int(answer.code)
+            if (now := (sorted(ready), waiting)) != told:
+                told = now
+                self._recorder.event("sites", {"ready": now[0], "waiting": waiting})
+            if not waiting or time.monotonic() >= until:
+                break
+            self._pause(_APPROVAL_PAUSE_S)
+        if len(ready) < self._plan.participation.quorum:
+            raise self._no_quorum("the run could not start", len(ready), waiting)
+
+    def _round(self, model: GlobalModel) -> tuple[GlobalModel, RoundRecord]:
+        started, clock = datetime.now(UTC), time.monotonic()
+        index = model.round_index + 1
+        base = weights.pack(model.values, self._layout)
+        self._await_quorum(index)
+        self._recorder.event("round_started", {"round": index, "sites": sorted(self._fleet.online())})
+        total = RunningSum(
+            self._layout, max_abs=self._plan.privacy.max_abs, max_cases=self._plan.privacy.max_cases
+        )
+        sites: list[SiteRecord] = []
+        question = Question("train", index, base, self._plan.participation.deadline_s)
+        for answer in self._fleet.ask(self._fleet.roster, question):
+            seconds = round(time.monotonic() - clock, 3)
+            if answer.ok and answer.delta is not None and answer.numbers.num_cases is not None:
+                total.add(answer.delta, answer.numbers.num_cases)
+            sites.append(_site_record(answer, seconds, len(base)))
+            self._tell_update(index, answer, seconds)
+        if total.num_sites < self._plan.participation.quorum:
+            absent = {site.site: site.code for site in sites if site.status != "contributed"}
+            raise self._no_quorum(f"round {index}", total.num_sites, absent)
+        self._recorder.event(
+            "aggregated", {"round": index, "num_sites": total.num_sites, "num_cases": total.num_cases}
+        )
+        values, state = self._strategy.server_step(
+            model.values, total.mean(), model.strategy_state, self._plan.strategy.options, self._layout
+        )
+        after = GlobalModel(index, values, state)
+        measured = self._measure_if_due(after)
+        record = RoundRecord(
+            round_index=index,
+            base_digest=weights.digest(base),
+            weights_digest=weights.digest(weights.pack(values, self._layout)),
+            started_at=started,
+            seconds=round(time.monotonic() - clock, 3),
+            sites=tuple(sorted(sites, key=lambda site: site.site)),
+            validation=_dump(measured.total),
+            validation_sites={name: _dump(summary) for name, summary in measured.sites.items()},
+            checkpoint_file="",
+            checkpoint_sha256="",
+        )
+        return after, record
+
+    def _measure_if_due(self, model: GlobalModel) -> Measurement:
+        every, last = self._plan.evaluation.every, model.round_index == self._plan.rounds
+        if model.round_index % every == 0 or last:
+            return self._measure(model, model.round_index, "validation")
+        return Measurement(None, {})
+
+    def _measure(self, model: GlobalModel, round_index: int, split: SplitName) -> Measurement:
+        """Have every connected site measure the model on its own held-out cases, and add the counts."""
+        payload = weights.pack(model.values, self._layout)
+        deadline = self._plan.participation.deadline_s
+        question = Question("evaluate", round_index, payload, deadline, split)
+        measured = self._collect(question)
+        self._recorder.event(
+            "evaluated",
+            {
+                "round": round_index,
+                "split": split,
+                "global": _dump(measured.total),
+                "sites": {name: _dump(summary) for name, summary in measured.sites.items()},
+            },
+        )
+        return measured
+
+    def _collect(self, question: Question) -> Measurement:
+        states = []
+        sites: dict[str, MetricSummary | None] = {}
+        for answer in self._fleet.ask(sorted(self._fleet.online()), question):
+            sites[answer.site] = None
+            if answer.state is not None:
+                states.append(answer.state)
+                sites[answer.site] = summarise(answer.state, self._plan)
+        total = summarise(merge([empty_state(self._plan), *states]), self._plan) if states else None
+        return Measurement(total, dict(sorted(sites.items())))
+
+    def _finish(self, model: GlobalModel, initial: Weights, selected: int) -> RunOutcome:
+        chosen = model if selected == model.round_index else self._recorder.model_of(selected)
+        outcome = RunOutcome(selected, self._measure(chosen, selected, "test"))
+        if self._plan.evaluation.compare_local:
+            deadline = self._plan.participation.deadline_s * self._plan.rounds
+            payload = weights.pack(initial, self._layout)
+            outcome.local = self._collect(Question("baseline", 0, payload, deadline, "test")).sites
+        return outcome
+
+    def _selected(self, history: list[RoundRecord]) -> int:
+        """The round whose model is the result: best validation AUROC, the earlier one on a tie."""
+        best, best_score = history[-1].round_index, -1.0
+        if self._plan.evaluation.select == "best":
+            for record in history:
+                score = (record.validation or {}).get("auroc")
+                if score is not None and score > best_score:
+                    best, best_score = record.round_index, score
+        return best
+
+    def _tell_update(self, index: int, answer: Answer, seconds: float) -> None:
+        if answer.ok:
+            fields = {
+                "round": index,
+                "site": answer.site,
+                "num_cases": answer.numbers.num_cases,
+                "loss": answer.numbers.mean_loss,
+                "seconds": seconds,
+            }
+            self._recorder.event("site_update", fields)
+        else:
+            fields = {"round": index, "site": answer.site, "code": int(answer.code)}
+            self._recorder.event("site_refused", fields)
+
+    def _await_quorum(self, index: int) -> None:
+        """Give sites that are just reconnecting a moment, so that one lost connection ends no run."""
+        until = time.monotonic() + min(60.0, self._plan.participation.deadline_s)
+        while len(self._fleet.online()) < self._plan.participation.quorum:
+            if time.monotonic() >= until:
+                online = self._fleet.online()
+                absent = {s: int(RefusalCode.SITE_OFFLINE) for s in self._fleet.roster if s not in online}
+                raise self._no_quorum(f"round {index} could not begin", len(online), absent)
+            self._pause(0.5)
+
+    def _pause(self, seconds: float) -> None:
+        if self._fleet.stopping(seconds):
+            raise RunStoppedError
+
+    def _no_quorum(self, what: str, num_sites: int, absent: Mapping[str, int]) -> RunFailedError:
+        named = "; ".join(f"{site}: {RefusalCode(code).meaning}" for site, code in sorted(absent.items()))
+        return RunFailedError(
+            f"{what}: {num_sites} of at least {self._plan.participation.quorum} sites ({named})",
+            remedy="Bring the named sites back, then: fedward run resume RUN",
+        )
+
+
+def first_model(signed: SignedPlan, initial: Weights) -> GlobalModel:
+    """Round 0: the untrained model and the strategy's fresh state."""
+    strategy = STRATEGIES.load(signed.plan.strategy.name)
+    return GlobalModel(0, initial, strategy.initial_state(signed.body.layout))
+
+
+def _site_record(answer: Answer, seconds: float, bytes_down: int) -> SiteRecord:
+    unreached = answer.code in (RefusalCode.SITE_OFFLINE, RefusalCode.SITE_LATE, RefusalCode.SITE_LOST)
+    return SiteRecord(
+        site=answer.site,
+        status="contributed" if answer.ok else "missing" if unreached else "refused",
+        code=int(answer.code),
+        num_cases=answer.numbers.num_cases or 0,
+        loss=answer.numbers.mean_loss,
+        seconds=seconds,
+        bytes_up=answer.payload_bytes,
+        bytes_down=0 if answer.code is RefusalCode.SITE_OFFLINE else bytes_down,
+    )
+
+
+def _dump(summary: MetricSummary | None) -> dict[str, Any] | None:
+    return None if summary is None else summary.model_dump(mode="json")

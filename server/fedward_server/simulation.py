@@ -1,0 +1,166 @@
+"""Many sites on one machine: the same server app and client app as a real federation, no network.
+
+As many sites train at the same time as there are processor cores (or GPUs); each uses its share of
+threads, so that the result has the same bits as that of real processes given the same share. The
+client's side is found by name, as the two packages do not import each other.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from fedward_common.errors import PlanError, RunFailedError, UsageError
+from fedward_common.plan import PlanBody, SignedPlan, TrainingPlan, canonical_bytes
+from fedward_common.weights import Layout, unpack
+
+Engine = Literal["local", "ray"]
+_DEADLINE_S = 86400.0
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """How to simulate.
+
+    Attributes:
+        out: folder for the run's record, checkpoints and report.
+        folders: site name -> folder with `dicom/` and `labels.csv`.
+        workers: sites that train at the same time; 0 is one per core, or per GPU.
+        threads: CPU threads per worker; 0 shares the cores among the workers.
+    """
+
+    out: Path
+    folders: Mapping[str, Path]
+    workers: int = 0
+    threads: int = 0
+    device: str = "auto"
+    engine: Engine = "local"
+
+
+class Simulation:
+    """A simulation whose workers are already loading PyTorch while the rest is prepared."""
+
+    def __init__(self, num_sites: int, *, workers: int = 0, threads: int = 0) -> None:
+        """Start the workers and return at once.
+
+        Args:
+            num_sites: sites to come; no more workers than that are started.
+            workers, threads: see `SimulationSettings`.
+        """
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.num_workers = min(num_sites, workers or self.cores)
+        self.threads = threads or max(1, self.cores // self.num_workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))
+        sites = import_module("fedward_client.simulated").SimulatedSites
+        self._sites = sites.warm_up(self.num_workers)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._sites.close()
+
+    def launch(self, plan: TrainingPlan, settings: SimulationSettings) -> SimulatedRun:
+        """Start the run in a thread; its events appear in the run's record.
+
+        Raises:
+            PlanError: the plan needs more sites than there are, or names something unknown here.
+        """
+        if plan.participation.quorum > len(settings.folders):
+            raise PlanError(
+                f"the plan's quorum is {plan.participation.quorum}, there are {len(settings.folders)} sites",
+                remedy="Simulate more sites with --sites, or lower participation.quorum.",
+            )
+        layout, payload = self._sites.untrained(plan)
+        signed = _signed(plan, layout)
+        return SimulatedRun(self._sites, signed, unpack(payload, layout), settings, self.threads)
+
+
+class SimulatedRun:
+    """One run in progress."""
+
+    def __init__(
+        self, sites: Any, signed: SignedPlan, initial: Any, settings: SimulationSettings, threads: int
+    ) -> None:
+        from fedward_server.runs import RunStore
+
+        self.run_id = secrets.token_hex(8)
+        self.signed = signed
+        self._settings = settings
+        settings.out.mkdir(parents=True, exist_ok=True)
+        self.store = RunStore(settings.out / "runs.db")
+        self.store.create(self.run_id, signed.to_bytes(), signed.digest, signed.plan.name)
+        self.stop = threading.Event()
+        self._apps, self._keys = sites.open_sites(settings.folders, threads=threads, device=settings.device)
+        self._initial = initial
+        self._thread = threading.Thread(target=self._run, daemon=True, name="serverapp")
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the end of the run, however it ends."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        from fedward_server.fleet import RunStoppedError
+        from fedward_server.reporting import result_document
+
+        try:
+            self.store.set_status(self.run_id, "running")
+            self.store.add_event(self.run_id, "status", {"status": "running", "reason": ""})
+            outcome = self._execute()
+            self.store.set_result(self.run_id, result_document(outcome))
+            self.store.finish(self.run_id, "completed", "", outcome.selected_round)
+        except RunStoppedError:
+            self.store.finish(self.run_id, "stopped", "stopped")
+        except (RunFailedError, PlanError) as error:
+            self.store.finish(self.run_id, "failed", f"{error.message} - {error.remedy}")
+        except Exception as error:  # thread edge: whoever follows the events must see an end
+            self.store.finish(self.run_id, "failed", f"internal fault: {type(error).__name__}: {error}")
+            raise
+
+    def _execute(self) -> Any:
+        from flwr.app import Context, RecordDict
+
+        from fedward_server.app import RunContext, server_app
+        from fedward_server.checkpoints import Checkpoints
+        from fedward_server.local_grid import RUN_ID, LocalGrid
+
+        if self._settings.engine == "ray":
+            raise UsageError("the Ray engine is not available", remedy="Use --engine local.")
+        outcomes: list[Any] = []
+        context = RunContext(
+            run_id=self.run_id,
+            signed=self.signed,
+            store=self.store,
+            checkpoints=Checkpoints(self._settings.out / "checkpoints" / self.run_id),
+            signing_keys=self._keys,
+            initial_weights=lambda: self._initial,
+            stop=self.stop,
+        )
+        grid = LocalGrid(self._apps, parallel=min(64, len(self._apps)))
+        try:
+            server_app(context, outcomes.append)(grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
+        finally:
+            grid.close()
+        return outcomes[0]
+
+
+def _signed(plan: TrainingPlan, layout: Layout) -> SignedPlan:
+    """Give the plan the form of a signed one; in a simulation nobody checks who signed."""
+    expires = plan.expires or datetime.now(UTC) + timedelta(seconds=_DEADLINE_S)
+    document = plan.model_copy(
+        update={"expires": expires, "federation_id": plan.federation_id or "simulation"}
+    )
+    body = PlanBody(
+        plan=TrainingPlan.model_validate(document.model_dump()),
+        layout=layout,
+        nonce=secrets.token_hex(16),
+        signed_at=datetime.now(UTC),
+    )
+    assert canonical_bytes(body)
+    return SignedPlan(body=body, signer="simulation", signature="0" * 128)
