@@ -23,10 +23,10 @@ from pydantic import TypeAdapter, ValidationError
 from fedward_client.config import SiteHome
 from fedward_client.plan_ledger import LedgerRow, PlanLedger
 from fedward_client.plan_summary import readable_summary
-from fedward_client.policy import load_policy
+from fedward_client.policy import SitePolicy, load_policy
 from fedward_common.audit import AuditLog
 from fedward_common.envelope import RunId
-from fedward_common.errors import FederationError, PlanRefusedError, PolicyError, RefusalCode, UsageError
+from fedward_common.errors import PlanRefusedError, PolicyError, RefusalCode, UsageError
 from fedward_common.federation import Federation
 from fedward_common.files import write_atomically
 from fedward_common.identity import verify_plan
@@ -34,6 +34,8 @@ from fedward_common.plan import SignedPlan, parse_signed_plan
 from fedward_common.registry import DATASETS, MODELS, STRATEGIES, TASKS, TRAINERS, TRANSFORMS
 
 __all__ = ["PlanGate", "StoredPlan", "readable_summary"]
+
+Status = Literal["pending", "approved", "used", "expired", "refused"]
 
 _DIGEST_START = re.compile(r"[0-9a-f]{12,64}")
 _RUN_ID: TypeAdapter[str] = TypeAdapter(RunId)
@@ -52,7 +54,7 @@ class StoredPlan:
     """
 
     signed: SignedPlan
-    status: Literal["pending", "approved", "used", "expired", "refused"]
+    status: Status
     objections: tuple[str, ...]
     received: str
     run_id: str | None
@@ -75,14 +77,13 @@ class PlanGate:
         self._federation = federation
         self._audit = audit
         self._ledger = PlanLedger(home.plans / "ledger.sqlite")
-        self._accepted: set[tuple[str, str]] = set()
+        self._noted: set[tuple[str, str, str]] = set()
         home.plans.mkdir(mode=0o700, exist_ok=True)
 
     def decide(self, document: bytes, run_id: str, *, now: datetime | None = None) -> SignedPlan:
         """Return the plan if it may run here as part of that run.
 
-        Acceptance is audited once for as long as this process lives, although every message asks again;
-        a plan that waits for approval is audited when it is first seen.
+        Every message asks again; that a plan is accepted or waits is audited once a process and run.
 
         Raises:
             PlanRefusedError: it may not; `code` says why, for the server, and the message for the operator.
@@ -101,15 +102,7 @@ class PlanGate:
                     code=int(refusal.code),
                 )
             raise
-        if (signed.digest, run_id) not in self._accepted:
-            self._audit.append(
-                "plan_accepted",
-                plan=signed.digest,
-                run_id=run_id,
-                signer=signed.signer,
-                approved_by=approved_by,
-            )
-            self._accepted.add((signed.digest, run_id))
+        self._note("plan_accepted", signed, run_id, approved_by=approved_by)
         return signed
 
     def admit_round(self, run_id: str, round_index: int, base_digest: str) -> None:
@@ -144,7 +137,8 @@ class PlanGate:
 
     def plans(self, *, now: datetime | None = None) -> list[StoredPlan]:
         """Every plan this site knows, oldest first."""
-        return [self._describe(row, now or datetime.now(UTC)) for row in self._ledger.rows()]
+        policy = load_policy(self._home.policy)
+        return [self._describe(row, policy, now or datetime.now(UTC)) for row in self._ledger.rows()]
 
     def find(self, start: str) -> StoredPlan:
         """The one plan whose digest begins with `start` (12 hex digits or more).
@@ -185,15 +179,14 @@ class PlanGate:
             raise PlanRefusedError(
                 "the run's id is malformed", remedy="Report this.", code=RefusalCode.PAYLOAD_MALFORMED
             )
-        is_new = self._keep(signed, now)
+        self._keep(signed, now)
         rule_approves = self._check_permitted(signed)
         _check_supported(signed)
         row = self._ledger.row(signed.digest)
         if row is not None and row.run_id not in (None, run_id):
             raise _replayed(signed)
         if (row is None or row.approved is None) and not rule_approves:
-            if is_new:
-                self._audit.append("plan_pending", plan=signed.digest, signer=signed.signer, run_id=run_id)
+            self._note("plan_pending", signed, run_id)
             raise PlanRefusedError(
                 f"plan {signed.plan.name} waits for approval",
                 remedy=f"Read and approve it: fedward-site plan approve {signed.digest}",
@@ -220,12 +213,17 @@ class PlanGate:
             )
         return policy.approves(signed)
 
-    def _keep(self, signed: SignedPlan, now: datetime) -> bool:
-        """Store a genuine plan; whether it was new. The file is complete before the ledger names it."""
+    def _note(self, event: str, signed: SignedPlan, run_id: str, **fields: str) -> None:
+        if (event, signed.digest, run_id) not in self._noted:
+            self._audit.append(event, plan=signed.digest, run_id=run_id, signer=signed.signer, **fields)
+            self._noted.add((event, signed.digest, run_id))
+
+    def _keep(self, signed: SignedPlan, now: datetime) -> None:
+        """Store a genuine plan. The file is complete before the ledger names it."""
         path = self._path(signed.digest)
         if not path.exists():
             write_atomically(path, signed.to_bytes())
-        return self._ledger.receive(signed.digest, now)
+        self._ledger.receive(signed.digest, now)
 
     def _stored(self, digest: str) -> SignedPlan:
         path = self._path(digest)
@@ -237,11 +235,10 @@ class PlanGate:
             )
         return signed
 
-    def _describe(self, row: LedgerRow, now: datetime) -> StoredPlan:
+    def _describe(self, row: LedgerRow, policy: SitePolicy, now: datetime) -> StoredPlan:
         signed = self._stored(row.digest)
-        policy = load_policy(self._home.policy)
         objections = tuple(policy.objections(signed))
-        status: Literal["pending", "approved", "used", "expired", "refused"]
+        status: Status
         if row.run_id is not None:
             status = "used"
         elif signed.expired(now):
@@ -293,7 +290,7 @@ def _run_token(run_id: str) -> str:
         return "malformed"
 
 
-def _replayed(signed: SignedPlan) -> FederationError:
+def _replayed(signed: SignedPlan) -> PlanRefusedError:
     return PlanRefusedError(
         f"plan {signed.plan.name} and this run are already bound to another run or plan",
         remedy="Ask the coordinator to sign the plan again for a new run; a plan runs once.",

@@ -187,7 +187,7 @@ def _row_of_each(images: Iterable[IndexedImage], labels: LabelFile) -> dict[str,
     if len(rows) < len(found):
         raise CohortError(
             f"{len(found) - len(rows)} of {len(found)} images have no row in the label file",
-            remedy="Add their rows, or move these images out of the folder and run: fedward-site cohort index",
+            remedy="Add their rows, or move the images away and run: fedward-site cohort index",
         )
     return rows
 

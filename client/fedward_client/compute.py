@@ -72,8 +72,9 @@ def choose(device: str, precision: Precision) -> Compute:
 def multiplies_bfloat16(device_type: str) -> bool:
     """Tell whether the hardware has bfloat16 arithmetic of its own, so that autocast gains time."""
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if device_type != "cpu" or not onednn:
         return False
     try:
         listing = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")

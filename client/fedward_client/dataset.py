@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from importlib import metadata
-from typing import TYPE_CHECKING
 
 from fedward_client.case_set import CaseSet, Splits
 from fedward_client.cohort import Case, open_cohort
@@ -24,9 +23,6 @@ from fedward_client.sources.folder import read_content
 from fedward_common.errors import CohortError
 from fedward_common.plan import TrainingPlan
 from fedward_common.registry import TRANSFORMS
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["CaseSet", "Splits", "open_dicom_folder"]
 

@@ -25,13 +25,18 @@ def send_frame(channel: socket.socket, header: dict[str, Any], payload: bytes | 
 
 
 def receive_frame(channel: socket.socket) -> tuple[dict[str, Any], bytearray]:
-    """Read one frame. Raises EOFError at the end of the stream, ValueError for a malformed frame."""
+    """Read one frame.
+
+    Raises:
+        EOFError: the stream has ended.
+        ValueError, TypeError: the frame is malformed.
+    """
     header_size, payload_size = _LENGTHS.unpack(_read(channel, _LENGTHS.size))
     if header_size > _MAX_HEADER or payload_size > _MAX_PAYLOAD:
         raise ValueError("frame is larger than any message can be")
     header = json.loads(bytes(_read(channel, header_size)))
     if not isinstance(header, dict):
-        raise ValueError("frame header is not an object")
+        raise TypeError("frame header is not an object")
     return header, _read(channel, payload_size)
 
 

@@ -196,7 +196,7 @@ class SiteNode:
                 connection = self._connect()
             except (httpx.HTTPError, ssl.SSLError, OSError) as error:
                 self._report("server_unreachable", delay_s=round(backoff, 2), where=cause_of(error))
-                self._stop.wait(backoff * random.uniform(0.8, 1.2))
+                self._stop.wait(backoff * random.uniform(0.8, 1.2))  # noqa: S311 - spreads reconnects
                 backoff = min(backoff * 1.6, _LONGEST_BACKOFF_S)
                 continue
             backoff = _FIRST_BACKOFF_S

@@ -58,13 +58,11 @@ class PlanLedger:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def receive(self, digest: str, now: datetime) -> bool:
-        """Enter a plan; whether it was new."""
+    def receive(self, digest: str, now: datetime) -> None:
+        """Enter a plan, unless it is entered already."""
         with self._transaction() as database:
-            entered = database.execute(
-                "INSERT OR IGNORE INTO plans (digest, received) VALUES (?, ?)", (digest, _iso(now))
-            )
-            return entered.rowcount == 1
+            values = (digest, _iso(now))
+            database.execute("INSERT OR IGNORE INTO plans (digest, received) VALUES (?, ?)", values)
 
     def approve(self, digest: str, now: datetime) -> bool:
         """Mark a plan that was entered as approved by the operator; whether it was not before."""

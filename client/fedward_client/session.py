@@ -73,6 +73,7 @@ class SiteSession:
         self._counts: dict[str, int] = {}
         self._last: tuple[Instruction, Up] | None = None
         self._busy = threading.Lock()
+        self._last_work = time.monotonic()
 
     @property
     def max_payload(self) -> int:
@@ -101,6 +102,8 @@ class SiteSession:
                     where=getattr(error, "where", None) or place_of(error),
                 )
                 return self._door.refusal(instruction, code)
+            finally:
+                self._last_work = time.monotonic()
             self._report(
                 "instruction_done",
                 run_id=instruction.run_id,
@@ -109,6 +112,10 @@ class SiteSession:
                 seconds=round(time.monotonic() - started, 3),
             )
             return up
+
+    def idle_s(self, now: float) -> float:
+        """Seconds without work, 0 while there is some; `now` is of the monotonic clock."""
+        return 0.0 if self._busy.locked() else now - self._last_work
 
     def cancel(self) -> None:
         """Stop whatever the worker is doing, now."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ from fedward_common.errors import RefusalCode, TrainingError
 from fedward_common.plan import TrainingPart, TrainingPlan
 from fedward_common.registry import TASKS, TRANSFORMS
 from fedward_common.tasks import Task
-from fedward_common.transforms import Augment
+
+if TYPE_CHECKING:
+    from fedward_common.transforms import Augment
 
 # so that augmentation and batch order, which are drawn side by side, have streams of their own
 _AUGMENTATION = 0x5EED_0A06
@@ -124,14 +127,14 @@ def batch_indices(num_cases: int, batch_size: int, generator: torch.Generator) -
 
     A last batch of one case joins the one before it: BatchNorm has no variance over a single case.
     """
-    batches = list(torch.randperm(num_cases, generator=generator).split(batch_size))
+    batches = list(torch.randperm(num_cases, generator=generator).split(batch_size))  # type: ignore[no-untyped-call]
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
 
 def make_optimizer(parameters: list[Parameter], training: TrainingPart) -> torch.optim.Optimizer:
-    """Make the plan's optimiser; its state lives for one round, so that a site keeps nothing between rounds."""
+    """Make the plan's optimiser; its state lives for one round: a site keeps nothing between rounds."""
     rate, decay = training.learning_rate, training.weight_decay
     fused = parameters[0].device.type in ("cpu", "cuda")  # Adam's step takes an eighth of the time, fused
     if training.optimizer == "adam":

@@ -66,7 +66,7 @@ class WorkerProcess:
             try:
                 send_frame(self._channel, request, payload)
                 header, reply = receive_frame(self._channel)
-            except (EOFError, OSError, ValueError) as error:
+            except (EOFError, OSError, TypeError, ValueError) as error:
                 raise self._died() from error
         if not header.get("ok"):
             raise WorkError(RefusalCode(header["code"]), str(header.get("where", "unknown")))
@@ -98,9 +98,10 @@ class WorkerProcess:
         read_end, write_end = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fedward_client.worker", str(theirs.fileno()), str(read_end)],
+                [sys.executable, "-P", "-m", "fedward_client.worker", str(theirs.fileno()), str(read_end)],
                 pass_fds=(theirs.fileno(), read_end),
                 stdin=subprocess.DEVNULL,
+                # -P above: a stray torch.py in the current folder must not become ours.
                 # A decoder's own complaints may quote a patient's name: they go nowhere.
                 stdout=subprocess.DEVNULL,
                 stderr=None if os.environ.get("FEDWARD_WORKER_STDERR") == "1" else subprocess.DEVNULL,

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedward_common.errors import PayloadError
 from fedward_common.plan import Name, TrainingPlan, canonical_bytes
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION: Literal[1] = 1
 Action = Literal["prepare", "train", "evaluate", "baseline"]
 SplitName = Literal["validation", "test"]
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,79}$")]
 MAX_COUNT = 2**24
 
 

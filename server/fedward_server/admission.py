@@ -8,7 +8,7 @@ name or a number that the site sent until it agrees with the signed plan and the
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ class Answer:
 
     site: str
     code: RefusalCode
-    numbers: Numbers = Numbers()
+    numbers: Numbers = field(default_factory=Numbers)
     delta: Weights | None = None
     state: dict[str, NDArray[np.int64]] | None = None
     payload_bytes: int = 0

@@ -120,9 +120,9 @@ class Fleet:
                 raise RunStoppedError
             replies = list(self._grid.pull_messages(list(pending)))
             for reply in replies:
-                site = pending.pop(reply.metadata.reply_to_message_id, None)
-                if site is not None:
-                    yield self._read(reply, instruction, site)
+                answered = pending.pop(reply.metadata.reply_to_message_id, None)
+                if answered is not None:
+                    yield self._read(reply, instruction, answered)
             if not replies:
                 time.sleep(_PAUSE_S)
         for site in pending.values():

@@ -17,7 +17,7 @@ from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
 # A reply is announced before its tensors are stored; Flower then waits a whole second to look again.
-inflatable_utils.pull_objects.__kwdefaults__.update(initial_backoff=0.02, backoff_cap=0.5)
+(inflatable_utils.pull_objects.__kwdefaults__ or {}).update(initial_backoff=0.02, backoff_cap=0.5)
 
 
 @contextmanager

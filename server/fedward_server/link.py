@@ -213,7 +213,7 @@ class _PeerProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         tls = self.transport.get_extra_info("ssl_object")
-        self.scope[_PEER] = None if tls is None else tls.getpeercert(binary_form=True)  # type: ignore[typeddict-unknown-key]
+        self.scope[_PEER] = None if tls is None else tls.getpeercert(binary_form=True)  # type: ignore[literal-required]
 
 
 class _Registrar:
@@ -378,14 +378,14 @@ async def _ask(app: App, scope: Scope, body: bytes) -> list[MutableMapping[str, 
 
 async def _read_body(receive: Receive) -> bytes | None:
     """The request's body, or None when it is larger than any pull can be."""
-    body = b""
+    body = bytearray()
     while True:
         part = await receive()
         body += part.get("body", b"")
         if len(body) > MAX_BODY:
             return None
         if not part.get("more_body"):
-            return body
+            return bytes(body)
 
 
 async def _answer(send: Send, status: int) -> None:

@@ -218,8 +218,8 @@ class RoundLoop:
         if self._plan.evaluation.select == "best":
             for record in history:
                 score = (record.validation or {}).get("auroc")
-                if score is not None and score > best_score:
-                    best, best_score = record.round_index, score
+                if isinstance(score, int | float) and score > best_score:
+                    best, best_score = record.round_index, float(score)
         return best
 
     def _tell_update(self, index: int, answer: Answer, seconds: float) -> None:

@@ -73,7 +73,7 @@ def build_model(plan: TrainingPlan) -> nn.Module:
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(plan.seed)
+        torch.default_generator.manual_seed(plan.seed)
         return _build(plan)
 
 

@@ -100,7 +100,7 @@ def _pooled_size(options: Cnn2dOptions, input_shape: tuple[int, ...]) -> tuple[i
     shrink = 2 ** len(options.channels)
     if len(input_shape) != 3 or min(input_shape[1:]) < shrink:
         raise PlanError(
-            f"model cnn2d: {len(options.channels)} blocks need a 2-D image of at least {shrink} pixels a side,"
+            f"model cnn2d: {len(options.channels)} blocks need 2-D images of {shrink} pixels a side or more,"
             f" the plan has size {list(input_shape[1:])}",
             remedy="Use fewer entries in model.options.channels, or a larger transforms.size.",
         )

@@ -39,10 +39,10 @@ def build(options: DenseNet121Options, *, input_shape: tuple[int, ...], num_outp
     """
     if min(input_shape[1:]) < _SMALLEST_SIDE:
         raise PlanError(
-            f"model densenet121: at least {_SMALLEST_SIDE} pixels a side, the plan has {list(input_shape[1:])}",
+            f"model densenet121: {list(input_shape[1:])} pixels, at least {_SMALLEST_SIDE} a side expected",
             remedy="Set transforms.size to 32 or more a side, or use model cnn2d.",
         )
-    from monai.networks.nets import DenseNet121
+    from monai.networks.nets.densenet import DenseNet121
 
     from fedward_common.models.layers import Float32Linear
 
@@ -54,7 +54,8 @@ def build(options: DenseNet121Options, *, input_shape: tuple[int, ...], num_outp
     )
     head = model.get_submodule("class_layers")
     last = model.get_submodule("class_layers.out")
-    exact = Float32Linear(last.in_features, last.out_features)
+    outputs, features = last.get_parameter("weight").shape
+    exact = Float32Linear(features, outputs)
     exact.load_state_dict(last.state_dict())
     setattr(head, "out", exact)  # noqa: B010  (mypy: nn.Module has no declared attribute `out`)
     return model

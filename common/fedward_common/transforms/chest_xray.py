@@ -85,7 +85,7 @@ def _resized(pixels: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     if tuple(pixels.shape[1:]) == size:
         return pixels
     import torch
-    from monai.transforms import Resize
+    from monai.transforms.spatial.array import Resize
 
     shrinks = all(old >= new for old, new in zip(pixels.shape[1:], size, strict=True))
     # "area" averages every pixel that falls into a new one: shrinking without it invents texture
@@ -130,7 +130,7 @@ def _matrices(
 
 def _resampled(batch: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """Resample once, bilinear; what comes from outside an image repeats its border."""
-    from monai.networks.layers import AffineTransform
+    from monai.networks.layers.spatial_transforms import AffineTransform
 
     layer = AffineTransform(
         normalized=True, padding_mode="border", align_corners=False, reverse_indexing=False

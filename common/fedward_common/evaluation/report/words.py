@@ -6,6 +6,7 @@ than the counts carry: a difference between two models within the error bound of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -145,7 +146,7 @@ def error_bound(value: float | None) -> str:
     """Write the error bound of AUROC, rounded up: it is a promise."""
     if value is None:
         return MISSING
-    return "exact" if value == 0 else f"± {max(-(-value // 0.0001) * 0.0001, 0.0001):.4f}"
+    return "exact" if value == 0 else f"± {math.ceil(value * 10_000) / 10_000:.4f}"
 
 
 def duration(seconds: float) -> str:
@@ -212,7 +213,9 @@ def _figures(summary: MetricSummary | None, report: RunReport) -> tuple[Figure, 
     if summary.auroc is None:
         area = Figure("AUROC", MISSING, "not defined: needs cases with and without the finding")
     right = sum(row[index] for index, row in enumerate(summary.confusion))
-    accuracy = Figure("Accuracy", percent(summary.accuracy), f"{right:,} of {summary.num_cases:,} cases right")
+    accuracy = Figure(
+        "Accuracy", percent(summary.accuracy), f"{right:,} of {summary.num_cases:,} cases right"
+    )
     if len(summary.labels) > 1:
         balanced = percent(summary.balanced_accuracy)
         return (area, accuracy, Figure("Balanced accuracy", balanced, "mean sensitivity over labels"))
@@ -221,7 +224,9 @@ def _figures(summary: MetricSummary | None, report: RunReport) -> tuple[Figure, 
     sick, well = summary.confusion[positive], summary.confusion[1 - positive]
     return (
         area,
-        Figure("Sensitivity", percent(summary.recall), _of(sick[positive], sum(sick), names[positive], "found")),
+        Figure(
+            "Sensitivity", percent(summary.recall), _of(sick[positive], sum(sick), names[positive], "found")
+        ),
         Figure(
             "Specificity",
             percent(summary.specificity),

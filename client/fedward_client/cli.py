@@ -1,0 +1,316 @@
+"""`fedward-site`: what the person next to the PACS types. Parse, call, print, exit.
+
+Heavy imports are inside the commands: the help appears at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fedward_client.console import complain, emit, say, table
+from fedward_common.errors import FederationError, UsageError
+
+if TYPE_CHECKING:
+    from fedward_client.approvals import PlanGate
+    from fedward_client.config import SiteHome
+    from fedward_client.site_data import SiteData
+
+app = typer.Typer(
+    name="fedward-site",
+    help="Run one hospital's site: its images stay here; only approved weight updates and counts leave.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cohort = typer.Typer(help="The site's images and labels.", no_args_is_help=True)
+plan = typer.Typer(help="Training plans: see them, approve them.", no_args_is_help=True)
+outbound = typer.Typer(help="What left this site.", no_args_is_help=True)
+app.add_typer(cohort, name="cohort")
+app.add_typer(plan, name="plan")
+app.add_typer(outbound, name="outbound")
+
+Home = Annotated[
+    Path,
+    typer.Option("--home", envvar="FEDWARD_SITE_HOME", help="The site's folder, made by: fedward-site join."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+_HERE = Path("fedward-site")
+
+
+@app.command()
+def join(
+    kit: Annotated[Path, typer.Argument(help="This site's folder from: fedward provision.")],
+    dicom: Annotated[Path, typer.Option(help="Folder with DICOM files; only ever read.")],
+    labels: Annotated[Path, typer.Option(help="CSV file with the labels.")],
+    home: Home = _HERE,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 uses all cores.")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to train.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Set this machine up as a site of a federation."""
+    from fedward_client.config import load_config
+    from fedward_client.joining import join as set_up
+    from fedward_common.federation import read_federation
+
+    set_up(kit, home, dicom, labels, threads, device)
+    config = load_config(_place(home))
+    fingerprint = read_federation(_place(home).identity / "federation.json").fingerprint
+    document = {"site": config.name, "home": str(home), "server": config.server, "fingerprint": fingerprint}
+
+    def show() -> None:
+        say(f"Site {config.name} is set up in {home}; it will connect to {config.server}.")
+        say("Compare this fingerprint of the federation with the coordinator, by phone:")
+        say(f"  {fingerprint}")
+        say(f"Next: fedward-site doctor --home {home}")
+
+    emit(document, as_json=as_json, show=show)
+
+
+@app.command()
+def doctor(home: Home = _HERE, as_json: AsJson = False) -> None:
+    """Check everything a site needs; every failure comes with a remedy."""
+    from fedward_client.preflight import checks
+
+    found = checks(home)
+    failed = [check for check in found if not check.ok]
+    document = {
+        "ok": not failed,
+        "checks": [
+            {"name": check.name, "ok": check.ok, "detail": check.detail, "remedy": check.remedy}
+            for check in found
+        ],
+    }
+
+    def show() -> None:
+        for check in found:
+            say(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}")
+            if not check.ok:
+                say(f"      remedy: {check.remedy}")
+        say(f"{len(found) - len(failed)} of {len(found)} checks passed")
+
+    emit(document, as_json=as_json, show=show)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    home: Home = _HERE,
+    warm: Annotated[bool, typer.Option(help="Load PyTorch now, not when the first plan arrives.")] = False,
+) -> None:
+    """Serve the federation until stopped (SIGTERM or Ctrl-C); reconnects by itself."""
+    from fedward_client.daemon import run_site
+
+    run_site(_place(home), warm=warm, ready=say)
+
+
+@cohort.command("index")
+def cohort_index(home: Home = _HERE, as_json: AsJson = False) -> None:
+    """Read new and changed files of the DICOM folder, and check the label file against them."""
+    from fedward_client.cohort import open_cohort
+    from fedward_client.index import index_folder
+
+    site = _site(home)
+    with _Progress(as_json) as progress:
+        summary = index_folder(site, progress)
+    found = open_cohort(site)
+    document = {
+        "files": summary.num_files,
+        "read": summary.num_read,
+        "images": summary.num_images,
+        "unreadable": summary.num_unreadable,
+        "quarantined": dict(summary.quarantined),
+        "labelled_cases": len(found.cases),
+        "label_rows_in_quarantine": found.num_rows_without_image,
+    }
+
+    def show() -> None:
+        say(f"{summary.num_files} files, {summary.num_read} of them new or changed")
+        say(f"{summary.num_images} usable images, {len(found.cases)} of them labelled")
+        say(f"{summary.num_quarantined} in quarantine; reasons and remedies: fedward-site cohort show")
+
+    emit(document, as_json=as_json, show=show)
+
+
+@cohort.command("show")
+def cohort_show(home: Home = _HERE, as_json: AsJson = False) -> None:
+    """Count the cases by split, label, modality, year, sex and age; list what is in quarantine."""
+    from fedward_client.cohort import count_cases, open_cohort
+    from fedward_client.index import list_quarantine
+
+    site = _site(home)
+    counts = count_cases(open_cohort(site))
+    quarantine = [
+        {
+            "content": item.content,
+            "reason": item.reason.value,
+            "meaning": item.reason.meaning,
+            "files": item.num_files,
+            "remedy": item.remedy,
+        }
+        for item in list_quarantine(site.home)
+    ]
+
+    def show() -> None:
+        rows = [(group, value, count) for group, values in counts.items() for value, count in values.items()]
+        table("Cases", ("by", "value", "cases"), rows)
+        if quarantine:
+            listed = [
+                (str(item["content"])[:12], str(item["meaning"]), str(item["remedy"])) for item in quarantine
+            ]
+            table("Quarantine", ("content", "why", "remedy"), listed)
+
+    emit({"counts": counts, "quarantine": quarantine}, as_json=as_json, show=show)
+
+
+@plan.command("list")
+def plan_list(home: Home = _HERE, as_json: AsJson = False) -> None:
+    """List every plan that this site knows, and whether it may run."""
+    stored = _gate(home).plans()
+    document = [
+        {
+            "digest": item.signed.digest,
+            "name": item.signed.plan.name,
+            "signer": item.signed.signer,
+            "status": item.status,
+            "received": item.received,
+            "run_id": item.run_id,
+            "last_round": item.last_round,
+            "objections": list(item.objections),
+        }
+        for item in stored
+    ]
+
+    def show() -> None:
+        if not stored:
+            say("No plan has arrived yet.")
+            return
+        rows = [
+            (item.signed.digest[:16], item.signed.plan.name, item.signed.signer, item.status)
+            for item in stored
+        ]
+        table("Plans", ("digest", "name", "signed by", "status"), rows)
+
+    emit(document, as_json=as_json, show=show)
+
+
+@plan.command("approve")
+def plan_approve(
+    source: Annotated[str, typer.Argument(help="A signed plan's file, or the digest of one that waits.")],
+    home: Home = _HERE,
+    yes: Annotated[bool, typer.Option("--yes", help="Approve without asking.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a plan would do here, and approve exactly that plan."""
+    from fedward_client.plan_summary import readable_summary
+
+    gate = _gate(home)
+    signed = gate.inspect(source)
+    if not as_json:
+        table(f"Plan {signed.plan.name}", ("what", "in this plan"), readable_summary(signed))
+        say(f"digest {signed.digest}")
+    if not yes:
+        if as_json or not sys.stdin.isatty():
+            raise UsageError("approval was not confirmed", remedy="Confirm on the terminal, or add --yes.")
+        typer.confirm("Approve this plan for this site?", abort=True)
+    gate.approve(signed)
+    emit(
+        {"approved": signed.digest, "name": signed.plan.name},
+        as_json=as_json,
+        show=lambda: say(f"Approved. The site will take part when the coordinator runs {signed.plan.name}."),
+    )
+
+
+@outbound.command("show")
+def outbound_show(
+    round_index: Annotated[int | None, typer.Argument(metavar="[ROUND]", help="Only this round.")] = None,
+    run_id: Annotated[str | None, typer.Option("--run", help="Only this run.")] = None,
+    home: Home = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Show what left this site, message by message, from the audit log."""
+    from fedward_client.outbound_log import explain, sent_messages
+
+    messages = sent_messages(_place(home).audit, run_id=run_id, round_index=round_index)
+
+    def show() -> None:
+        if not messages:
+            say("Nothing has left this site.")
+        for message in messages:
+            say(explain(message))
+
+    emit([message.fields for message in messages], as_json=as_json, show=show)
+
+
+def _place(home: Path) -> SiteHome:
+    from fedward_client.config import SiteHome
+
+    return SiteHome(home)
+
+
+def _site(home: Path) -> SiteData:
+    from fedward_client.config import load_config
+    from fedward_client.site_data import SiteData
+
+    config = load_config(_place(home))
+    return SiteData(home, config.dicom, config.labels)
+
+
+def _gate(home: Path) -> PlanGate:
+    from fedward_client.approvals import PlanGate
+    from fedward_common.audit import AuditLog
+    from fedward_common.federation import read_federation
+
+    place = _place(home)
+    return PlanGate(place, read_federation(place.identity / "federation.json"), AuditLog(place.audit))
+
+
+class _Progress:
+    """A progress bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet or not sys.stderr.isatty()
+
+    def __enter__(self) -> Callable[[int, int], None] | None:
+        if self._quiet:
+            return None
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(console=Console(stderr=True))
+        self._bar.start()
+        task = self._bar.add_task("reading", total=None)
+        return lambda done, total: self._bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if not self._quiet:
+            self._bar.stop()
+
+
+def main() -> None:
+    """Run the command line; every error ends with its remedy and its exit code."""
+    try:
+        app(standalone_mode=False)
+    except FederationError as error:
+        sys.exit(complain(error, as_json="--json" in sys.argv))
+    except typer.Abort:
+        sys.stderr.write("stopped\n")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if error.__class__.__module__.startswith("click"):
+            show = getattr(error, "show", None)
+            if show is not None:
+                show()
+            sys.exit(getattr(error, "exit_code", 2))
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""`fedward-site run`: the composition root of a site's daemon, until SIGTERM.
+
+This process holds the keys and the connection and never loads PyTorch or a DICOM parser; the worker it
+starts does, and holds neither. A worker that has had nothing to do for a while is ended, so that an idle
+site costs a hospital's workstation next to nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from fedward_client.approvals import PlanGate
+from fedward_client.config import SiteHome, load_config
+from fedward_client.outbound import OutboundDoor
+from fedward_client.policy import load_policy
+from fedward_client.session import SiteSession, SiteSettings
+from fedward_client.site_data import SiteData
+from fedward_client.worker_process import WorkerProcess
+from fedward_common import logs
+from fedward_common.audit import AuditLog
+from fedward_common.files import write_atomically
+from fedward_common.identity import client_context, load_identity, sign
+
+HEALTH_FILE = "health.json"
+LOG_FILE = "site.log"
+_HEALTH_S = 10.0
+_IDLE_WORKER_S = 900.0
+
+# Flower's telemetry, update check and dependency installer are on by default.
+os.environ.update(
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+)
+_log = logging.getLogger(__name__)
+
+
+def run_site(home: SiteHome, *, warm: bool, ready: Callable[[str], None]) -> None:
+    """Serve the federation until the process is told to stop.
+
+    Args:
+        home: the site's folder, as `fedward-site join` made it.
+        warm: load PyTorch now instead of when the first plan arrives.
+        ready: told once, with a line for people, before the first connection.
+
+    Raises:
+        FederationError: settings, keys or policy cannot be used; nothing was connected.
+    """
+    config = load_config(home)
+    identity = load_identity(home.identity)
+    policy = load_policy(home.policy)
+    audit = AuditLog(home.audit)
+    logs.configure(home.root / LOG_FILE, site=config.name)
+
+    from fedward_client.app import client_app
+    from fedward_client.node import FleetConnection, SiteNode
+
+    worker = WorkerProcess()
+    session = SiteSession(
+        SiteSettings(
+            config.name, SiteData(home.root, config.dicom, config.labels), config.threads, config.device
+        ),
+        PlanGate(home, identity.federation, audit),
+        OutboundDoor(config.name, lambda body: sign(identity, body), audit.append, policy.limits.min_cases),
+        worker,
+        _report,
+    )
+
+    def connect() -> FleetConnection:
+        # read anew at every attempt: a renewed certificate counts without a restart
+        member = load_identity(home.identity)
+        return FleetConnection(config.server, client_context(member), member.node_key)
+
+    node = SiteNode(connect, client_app(session), session.cancel, _report)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: node.stop())
+    audit.append("started", pid=os.getpid())
+    if warm:
+        worker.start()
+    keeper = threading.Thread(target=_keep, args=(home, session, ended), daemon=True, name="health")
+    keeper.start()
+    ready(f"site {config.name} serves {config.server}")
+    try:
+        node.run()
+    finally:
+        ended.set()
+        session.close()
+        audit.append("stopped", pid=os.getpid())
+
+
+def _keep(home: SiteHome, session: SiteSession, ended: threading.Event) -> None:
+    """Say now and then that the daemon lives, and end a worker nobody needs."""
+    while True:
+        document = {"pid": os.getpid(), "at": datetime.now(UTC).isoformat()}
+        write_atomically(home.root / HEALTH_FILE, json.dumps(document).encode())
+        if session.idle_s(time.monotonic()) > _IDLE_WORKER_S:
+            session.close()
+        if ended.wait(_HEALTH_S):
+            return
+
+
+def _report(event: str, **fields: Any) -> None:
+    _log.info(event, extra=fields)

@@ -1,0 +1,50 @@
+"""What left the site, read back from the audit log and put into plain words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedward_common.audit import AuditEntry, AuditLog
+from fedward_common.errors import RefusalCode
+
+_WHAT = {
+    "prepare": "how many cases the site has for this plan",
+    "train": "a weight update",
+    "evaluate": "counts for the global model's metrics",
+    "baseline": "counts for the metrics of the model trained here alone",
+}
+
+
+def sent_messages(audit: Path, *, run_id: str | None, round_index: int | None) -> list[AuditEntry]:
+    """Audit entries of messages that left, oldest first, of one run or round or of all.
+
+    Raises:
+        AuditError: the log is damaged; the line is named.
+    """
+    if not audit.exists():
+        return []
+    return [
+        entry
+        for entry in AuditLog(audit).entries()
+        if entry.event == "outbound"
+        and run_id in (None, entry.fields.get("run_id"))
+        and round_index in (None, entry.fields.get("round"))
+    ]
+
+
+def explain(entry: AuditEntry) -> str:
+    """One message in a sentence and its numbers."""
+    fields = entry.fields
+    code = RefusalCode(int(fields["code"]))
+    head = f"{entry.time[:19]}  run {fields['run_id']}, round {fields['round']}: "
+    if code is not RefusalCode.OK:
+        return f"{head}a refusal ({fields['action']}): {code.meaning} [code {int(code)}]"
+    numbers = ", ".join(
+        f"{name.replace('_', ' ')} {fields[name]}"
+        for name in ("num_train", "num_validation", "num_test", "num_cases", "mean_loss")
+        if name in fields
+    )
+    size = int(fields["payload_bytes"])
+    digest = str(fields["payload_digest"])
+    body = f"; {size:,} bytes, SHA-256 {digest[:16]}" if size else ""
+    return f"{head}{_WHAT[str(fields['action'])]}; numbers released: {numbers or 'none'}{body}"

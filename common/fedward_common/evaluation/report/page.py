@@ -1,0 +1,210 @@
+"""Put the report on one page, or into rows for a terminal.
+
+The page is a single file that asks the network for nothing: a content security policy in it allows only
+its own style sheet and script, both by hash, so that not even a hostile name that slipped through
+escaping could load or run anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from fedward_common.evaluation.report import charts, tables, words
+from fedward_common.evaluation.report.document import RunReport
+from fedward_common.evaluation.summary import MetricSummary
+
+_HERE = Path(__file__).resolve().parent
+
+
+def render_html(report: RunReport) -> str:
+    """Render the report as one self-contained HTML page, every text escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = _asset("report.css"), _asset("report.js")
+    caption, figures = words.headline_figures(report)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        plan=report.plan,
+        words=words,
+        style=style,
+        script=script,
+        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
+        headline=words.headline(report),
+        caption=caption,
+        figures=figures,
+        charts=_charts(report),
+        sample=charts.sample,
+        legend=_site_legend(report),
+        results=tables.results_table(report),
+        held_back=tables.held_back(report),
+        labels=tables.labels_table(report),
+        comparison=tables.comparison_table(report),
+        confusion=tables.confusion_rows(report.test, report.plan.task.labels) if report.test else [],
+        participation=tables.participation(report),
+        absences=words.absence_rows(report),
+        rounds=tables.rounds_table(report),
+        plan_sections=_plan_sections(report.plan),
+    )
+
+
+def render_terminal_table(report: RunReport) -> list[tuple[str, ...]]:
+    """Give rows of text for a terminal, the first with the column names and the last for all sites."""
+    trained = report.trained_rounds
+    rows = [
+        ("Site", "Rounds", "Test cases", "AUROC", "Sensitivity", "Specificity", "Accuracy", "Own model AUROC")
+    ]
+    for site in report.sites:
+        given = sum(1 for each in trained if any(other.site == site for other in each.contributors))
+        own = report.local_sites.get(site)
+        rows.append(
+            (
+                site,
+                f"{given}/{report.plan.rounds}",
+                *_terminal_figures(report.test_sites.get(site)),
+                words.share(own.auroc if own else None),
+            )
+        )
+    total = (
+        "All sites",
+        f"{len(trained)}/{report.plan.rounds}",
+        *_terminal_figures(report.test),
+        words.MISSING,
+    )
+    return [*rows, total]
+
+
+def _terminal_figures(summary: MetricSummary | None) -> tuple[str, ...]:
+    if summary is None:
+        return (words.MISSING,) * 5
+    shares = (words.percent(value) for value in (summary.recall, summary.specificity, summary.accuracy))
+    return (f"{summary.num_cases:,}", words.share(summary.auroc), *shares)
+
+
+def _charts(report: RunReport) -> dict[str, Any]:
+    """Draw every chart; an empty one is left out of the page."""
+    chosen = report.selected_round
+    measured = [each for each in report.rounds if each.validation is not None]
+    last = len(measured) > 1
+    return {
+        "auroc": charts.line_chart(
+            _round_lines(report, "auroc"),
+            label="AUROC on validation cases after each round, all sites together and each site",
+            y_label="AUROC",
+            marked_round=chosen if last else None,
+            y_max=1.0,
+        ),
+        "loss": charts.line_chart(
+            [*_round_lines(report, "log_loss"), _training_line(report)],
+            label="Log loss on validation cases after each round, and training loss",
+            y_label="Log loss",
+            marked_round=chosen if last else None,
+        ),
+        "roc": _roc(report),
+        "pairs": charts.pair_chart(
+            _pairs(report), label="AUROC at each site: its own model and the federated model"
+        ),
+    }
+
+
+def _round_lines(report: RunReport, figure: str) -> list[charts.Line]:
+    points = [(each.round_index, _value(each.validation, figure)) for each in report.rounds]
+    lines = [charts.Line("all sites", tuple(points), "all")]
+    for index, site in enumerate(report.sites):
+        values = [
+            (each.round_index, _value(each.validation_sites.get(site), figure)) for each in report.rounds
+        ]
+        lines.append(charts.Line(site, tuple(values), charts.line_style(index, len(report.sites))))
+    return lines
+
+
+def _training_line(report: RunReport) -> charts.Line:
+    points = [(each.round_index, each.training_loss) for each in report.rounds]
+    return charts.Line("training loss", tuple(points), "training")
+
+
+def _roc(report: RunReport) -> Any:
+    test = report.test
+    if test is None:
+        return ""
+    if len(test.labels) > 1:
+        curves = [
+            charts.Line(label.label, label.roc, charts.line_style(index, len(test.labels)))
+            for index, label in enumerate(test.labels)
+        ]
+        return charts.roc_chart(
+            curves, label="ROC curve of each label against the rest", operating_point=None
+        )
+    curves = [charts.Line("all sites", test.roc, "all")]
+    for index, site in enumerate(report.sites):
+        summary = report.test_sites.get(site)
+        if summary is not None and summary.roc:
+            curves.append(charts.Line(site, summary.roc, charts.line_style(index, len(report.sites))))
+    defined = test.recall is not None and test.specificity is not None
+    point = (1 - (test.specificity or 0), test.recall or 0) if defined else None
+    return charts.roc_chart(curves, label="ROC curve on the test cases", operating_point=point)
+
+
+def _pairs(report: RunReport) -> list[charts.Pair]:
+    pairs = []
+    for site in report.sites:
+        ours, own = report.test_sites.get(site), report.local_sites.get(site)
+        if ours is not None and own is not None and ours.auroc is not None and own.auroc is not None:
+            pairs.append(charts.Pair(site, own.auroc, ours.auroc))
+    return pairs
+
+
+def _site_legend(report: RunReport) -> list[tuple[str, str]]:
+    """(class, name) of the thin lines: every site, or one entry when they all look alike."""
+    count = len(report.sites)
+    named = [(charts.line_style(index, count), site) for index, site in enumerate(report.sites)]
+    return named if not named or named[0][0] != "many" else [("many", f"each of the {count} sites")]
+
+
+def _value(summary: MetricSummary | None, figure: str) -> float | None:
+    return None if summary is None else getattr(summary, figure)
+
+
+def _plan_sections(plan: BaseModel) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Spell the plan out: general settings first, then one section a part, empty values as a dash."""
+    document = plan.model_dump(mode="json")
+    general = [(key, _plain(value)) for key, value in document.items() if not isinstance(value, dict)]
+    parts = [(key, _flatten(value)) for key, value in document.items() if isinstance(value, dict)]
+    return [("general", general), *parts]
+
+
+def _flatten(part: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in part.items():
+        if isinstance(value, dict):
+            rows += _flatten(value, f"{prefix}{key}.") or [(f"{prefix}{key}", words.MISSING)]
+        else:
+            rows.append((f"{prefix}{key}", _plain(value)))
+    return rows
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(_plain(each) for each in value)
+    return words.MISSING if value in (None, "") else str(value)
+
+
+def _asset(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8").strip()
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
