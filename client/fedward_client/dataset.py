@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from importlib import metadata
+from importlib import import_module, metadata
+from pathlib import Path
 
 from fedward_client.case_set import CaseSet, Splits
 from fedward_client.cohort import Case, open_cohort
@@ -102,11 +103,13 @@ def _read_unchanged(site: SiteData, name: bytes, content: str) -> bytes:
 
 
 def _recipe(plan: TrainingPlan) -> str:
-    """Digest of all that decides a prepared image but its file: transform, decoders, versions."""
+    """Digest of all that decides a prepared image but its file: transform and its code, decoders."""
     from fedward_client.dicom.decode import decoder_versions
 
+    code = import_module(TRANSFORMS.load(plan.transforms.name).preprocess.__module__).__file__
     parts = {
         "transforms": plan.transforms.model_dump(mode="json", exclude={"augmentation"}),
+        "code": hashlib.sha256(Path(code or "").read_bytes()).hexdigest(),
         "decoders": decoder_versions(),
         "versions": [metadata.version(name) for name in ("fedward", "monai", "torch")],
     }

@@ -5,28 +5,27 @@ once, by itself, to a fixed grid, and then added as an integer; integer addition
 associative, so the same set of updates gives the same bits in any order, on any machine.
 
 Grid. With B = max_abs * max_cases (no product is larger), the grid is the power of two g for which
-B <= 2**51 * g. A product of a float32 and a count below 2**29 is exact in float64 and at most
-2**51 grid units, so 2**12 sites fit into 63 bits.
+2**50 * g <= B < 2**51 * g. A product of a float32 and a count up to 2**29 is exact in float64 and
+below 2**51 grid units, so the sum of 2**12 sites fits into 64 bits with a sign.
 
 Resolution. A product moves by at most g/2, the mean therefore by at most g / (2 * a), where a is the
 mean number of cases a site. With a plan's default bounds (64 and 1,000,000) g is 2**-25: a mean over
 sites of 100 cases is exact to 1.5e-10, of 1,000 cases to 1.5e-11. A float32 weight of 0.05 is itself
 only known to 1.9e-9, so the grid is finer than the weights that the mean is added to.
 
-Memory. The sum holds one int64 per element: twice the bytes of the float32 model. An update is read
-where it lies and may be dropped afterwards; the work space is 1 MiB a thread.
+Memory. The sum holds one 64-bit integer per element: twice the bytes of the float32 model. An update
+is read where it lies and may be dropped afterwards; the work space is 1 MiB a thread.
 
-Why not a float32 sum: it depends on the order, and 24 bits leave no room for a grid. Why not a
-compiled kernel: reading 4 and changing 8 bytes per element moves 20 bytes where a float32 sum moves
-12, so about 1.6 times `torch.add_` is the floor of any 64-bit sum; numba reaches that floor with
-210 MB of compiler, NumPy alone comes to 2.1 to 2.6 times. See tests/benchmarks/aggregation.py.
+Speed. Reading 4 and changing 8 bytes per element moves 20 bytes where a float32 sum moves 12, so 1.6
+times `torch.add_` is the floor of any 64-bit sum once memory is the limit; tests/benchmarks/aggregation.py
+measures where this one is. A float32 sum is no alternative: 24 bits leave no room for a grid.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -76,12 +75,12 @@ class RunningSum:
         self._layout = layout
         self._max_abs = max_abs
         self._max_cases = max_cases
-        self._grid = 2.0 ** (math.ceil(math.log2(max_abs * max_cases)) - 51)
-        blocks = list(_blocks_of(layout))
-        num_threads = threads or min(2, os.cpu_count() or 1)
-        self._shares = _split(blocks, num_threads if len(blocks) >= 4 else 1)
+        self._grid = 2.0 ** (math.frexp(max_abs * max_cases)[1] - 51)
+        num_elements = sum(spec.size for spec in layout)
+        num_threads = threads or (min(2, os.cpu_count() or 1) if num_elements > 4 * _BLOCK else 1)
+        self._shares = _split(list(_blocks_of(layout)), num_elements, num_threads)
         # Unsigned, because the rounder's bits are added with every site: sums wrap, modulo 2**64.
-        self._sum = np.zeros(sum(spec.size for spec in layout), dtype=np.uint64)
+        self._sum = np.zeros(num_elements, dtype=np.uint64)
         self._work = [np.empty(_BLOCK) for _ in self._shares]
         self._num_cases = 0
         self._num_sites = 0
@@ -206,11 +205,9 @@ def _blocks_of(layout: Layout) -> Iterator[_Block]:
         offset += spec.size
 
 
-def _split(blocks: Iterable[_Block], num_shares: int) -> list[list[_Block]]:
+def _split(blocks: list[_Block], num_elements: int, num_shares: int) -> list[list[_Block]]:
     """Cut the blocks, in order, into shares of about the same number of elements."""
-    blocks = list(blocks)
-    total = sum(block.stop - block.start for block in blocks)
     shares: list[list[_Block]] = [[] for _ in range(num_shares)]
     for block in blocks:
-        shares[min(num_shares - 1, block.offset * num_shares // max(total, 1))].append(block)
+        shares[block.offset * num_shares // num_elements].append(block)
     return shares

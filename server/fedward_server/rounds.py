@@ -66,6 +66,7 @@ class RunOutcome:
     """What a finished run found."""
 
     selected_round: int
+    initial_digest: str
     test: Measurement
     local: dict[str, MetricSummary | None] = field(default_factory=dict)
 
@@ -205,10 +206,11 @@ class RoundLoop:
 
     def _finish(self, model: GlobalModel, initial: Weights, selected: int) -> RunOutcome:
         chosen = model if selected == model.round_index else self._recorder.model_of(selected)
-        outcome = RunOutcome(selected, self._measure(chosen, selected, "test"))
+        payload = weights.pack(initial, self._layout)
+        tested = self._measure(chosen, selected, "test")
+        outcome = RunOutcome(selected, weights.digest(payload), tested)
         if self._plan.evaluation.compare_local:
             deadline = self._plan.participation.deadline_s * self._plan.rounds
-            payload = weights.pack(initial, self._layout)
             outcome.local = self._collect(Question("baseline", 0, payload, deadline, "test")).sites
         return outcome
 

@@ -44,6 +44,60 @@ class SimulationSettings:
     engine: Engine = "local"
 
 
+def simulate(
+    plan: TrainingPlan,
+    *,
+    num_sites: int,
+    data: Path | None,
+    out: Path,
+    workers: int = 0,
+    threads: int = 0,
+    device: str = "auto",
+    engine: Engine = "local",
+    json_lines: bool = False,
+) -> str:
+    """Run a plan with `num_sites` sites on this machine; show its events; write `report.html`.
+
+    Args:
+        plan: an unsigned plan.
+        num_sites: how many sites.
+        data: see `site_folders.prepare_folders`.
+        out: folder for images, models, records and report.
+        workers, threads, device, engine: see `SimulationSettings`.
+        json_lines: print each event as a line of JSON.
+
+    Returns:
+        The run's status.
+    """
+    simulation = Simulation(num_sites, workers=workers, threads=threads)
+    try:
+        from fedward_server.following import follow
+        from fedward_server.reporting import write_report
+        from fedward_server.site_folders import prepare_folders, site_names
+        from fedward_server.watch import watch
+
+        if plan.data.dataset == "dicom_folder":
+            prepared = prepare_folders(data, out / "sites", site_names(num_sites), seed=plan.seed)
+            kind, folders = prepared.kind, prepared.folders
+        else:
+            kind = f"dataset {plan.data.dataset}"
+            folders = {name: out / "sites" / name for name in site_names(num_sites)}
+        if not json_lines:
+            print(f"{num_sites} simulated sites: {kind}")  # noqa: T201
+        settings = SimulationSettings(out, folders, workers, threads, device, engine)
+        run = simulation.launch(plan, settings)
+        status = watch(
+            follow(run.store, run.run_id, stop=threading.Event(), poll_s=0.05),
+            plan=run.signed.plan,
+            json_lines=json_lines,
+        )
+        run.join()
+        write_report(run.store, run.run_id, out, data_note=kind)
+        return status
+    finally:
+        simulation.close()
+
+
 class Simulation:
     """A simulation whose workers are already loading PyTorch while the rest is prepared."""
 

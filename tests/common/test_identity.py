@@ -133,7 +133,7 @@ def test_identity_is_refused_when_others_have_any_access_to_a_key(north: Path, n
 def test_identity_is_refused_with_the_key_of_another_certificate(federation: Path, north: Path) -> None:
     shutil.copy(federation / "sites" / "south" / "tls.key", north / "tls.key")
 
-    with pytest.raises(IdentityError, match="is not the key of tls.crt"):
+    with pytest.raises(IdentityError, match=r"is not the key of tls\.crt"):
         load_identity(north)
 
 

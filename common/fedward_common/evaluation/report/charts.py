@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 440, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 38
 _MAX_DISTINCT = 6
-_MAX_MARKED = 60
+_MAX_MARKED = 30
 
 Point = tuple[float, float | None]
 
@@ -26,7 +27,6 @@ class Line:
 
     Attributes:
         style: class that gives colour and dash, see `line_style`.
-        note: what a point's tooltip calls its x value.
     """
 
     name: str
@@ -82,7 +82,7 @@ def line_chart(
         An SVG element; empty when no line has a value.
     """
     values = [y for line in lines for _, y in line.points if y is not None]
-    rounds = [x for line in lines for x, y in line.points if y is not None]
+    rounds = [x for line in lines for x, _ in line.points]
     if not values:
         return Markup("")
     y_ticks = ticks(min(values), max(values), y_max)
@@ -124,7 +124,7 @@ def pair_chart(pairs: Sequence[Pair], *, label: str) -> Markup:
     """Draw one row a site: an open circle for its own model, a filled one for the federated model."""
     if not pairs:
         return Markup("")
-    row, top, left = 30, 8, 132
+    row, top, left = 30, 8, 150
     height = top + row * len(pairs) + 30
     values = [value for pair in pairs for value in (pair.before, pair.after)]
     marks = ticks(min(values), max(values), 1.0)
@@ -135,7 +135,8 @@ def pair_chart(pairs: Sequence[Pair], *, label: str) -> Markup:
 
     parts = [
         Markup(
-            '<line class="grid" x1="{0}" y1="{1}" x2="{0}" y2="{2}"/><text class="tick mid" x="{0}" y="{3}">{4}</text>'
+            '<line class="grid" x1="{0}" y1="{1}" x2="{0}" y2="{2}"/>'
+            '<text class="tick mid" x="{0}" y="{3}">{4}</text>'
         ).format(place(mark), top, height - 26, height - 10, _number(mark, marks))
         for mark in marks
     ]
@@ -153,7 +154,7 @@ def pair_chart(pairs: Sequence[Pair], *, label: str) -> Markup:
             .format(
                 left=left - 8,
                 text=middle + 4,
-                name=_shorten(pair.name, 18),
+                name=_shorten(pair.name, 17),
                 better=better,
                 before=place(pair.before),
                 after=place(pair.after),
@@ -206,7 +207,8 @@ def _frame(
 ) -> Markup:
     parts = [
         Markup(
-            '<line class="grid" x1="{0}" y1="{2}" x2="{1}" y2="{2}"/><text class="tick end" x="{3}" y="{4}">{5}</text>'
+            '<line class="grid" x1="{0}" y1="{2}" x2="{1}" y2="{2}"/>'
+            '<text class="tick end" x="{3}" y="{4}">{5}</text>'
         ).format(_LEFT, _WIDTH - _RIGHT, axes.y(mark), _LEFT - 6, axes.y(mark) + 4, _number(mark, y_ticks))
         for mark in y_ticks
     ]
@@ -246,7 +248,7 @@ def _polyline(axes: _Axes, line: Line, *, marked: bool = True) -> Markup:
             line.style, " ".join(commands), line.name
         )
     ]
-    if marked and len(line.points) <= _MAX_MARKED:
+    if marked and line.style != "many" and len(line.points) <= _MAX_MARKED:
         parts += [
             Markup('<circle class="dot {}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
                 line.style,
@@ -269,7 +271,7 @@ def _svg(height: float, label: str, parts: Sequence[Markup]) -> Markup:
 
 def _number(value: float, marks: Sequence[float]) -> str:
     """Write a tick with the decimals that tell it from its neighbours."""
-    step = min((high - low for low, high in zip(marks, marks[1:], strict=False)), default=1.0)
+    step = min((high - low for low, high in pairwise(marks)), default=1.0)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step < 1 else 0
     if decimals and any(abs(round(mark, decimals) - mark) > 1e-9 for mark in marks):
         decimals += 1

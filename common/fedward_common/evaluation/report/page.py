@@ -51,6 +51,7 @@ def render_html(report: RunReport) -> str:
         held_back=tables.held_back(report),
         labels=tables.labels_table(report),
         comparison=tables.comparison_table(report),
+        compared=words.comparison(report),
         confusion=tables.confusion_rows(report.test, report.plan.task.labels) if report.test else [],
         participation=tables.participation(report),
         absences=words.absence_rows(report),
@@ -62,7 +63,7 @@ def render_html(report: RunReport) -> str:
 def render_terminal_table(report: RunReport) -> list[tuple[str, ...]]:
     """Give rows of text for a terminal, the first with the column names and the last for all sites."""
     trained = report.trained_rounds
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("Site", "Rounds", "Test cases", "AUROC", "Sensitivity", "Specificity", "Accuracy", "Own model AUROC")
     ]
     for site in report.sites:
@@ -119,18 +120,17 @@ def _charts(report: RunReport) -> dict[str, Any]:
 
 
 def _round_lines(report: RunReport, figure: str) -> list[charts.Line]:
-    points = [(each.round_index, _value(each.validation, figure)) for each in report.rounds]
+    rounds = [each for each in report.rounds if each.committed]
+    points = [(each.round_index, _value(each.validation, figure)) for each in rounds]
     lines = [charts.Line("all sites", tuple(points), "all")]
     for index, site in enumerate(report.sites):
-        values = [
-            (each.round_index, _value(each.validation_sites.get(site), figure)) for each in report.rounds
-        ]
+        values = [(each.round_index, _value(each.validation_sites.get(site), figure)) for each in rounds]
         lines.append(charts.Line(site, tuple(values), charts.line_style(index, len(report.sites))))
     return lines
 
 
 def _training_line(report: RunReport) -> charts.Line:
-    points = [(each.round_index, each.training_loss) for each in report.rounds]
+    points = [(each.round_index, each.training_loss) for each in report.rounds if each.committed]
     return charts.Line("training loss", tuple(points), "training")
 
 

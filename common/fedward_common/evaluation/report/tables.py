@@ -185,7 +185,7 @@ def _metric_row(name: str, summary: MetricSummary | None, plan: TrainingPlan) ->
 
 
 def _label_row(label: LabelSummary) -> tuple[Cell, ...]:
-    cases, *rest = _common_cells(label)
+    rest = _common_cells(label)[1:]
     return (Cell(label.label, label.label), Cell(f"{label.num_positives:,}", label.num_positives), *rest)
 
 

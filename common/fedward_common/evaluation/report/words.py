@@ -60,9 +60,8 @@ def headline(report: RunReport) -> Headline:
     missing = tuple(f"Missing: {absent.site} – {absent.reason}." for absent in report.absent)
     if report.verdict in ("waiting", "running"):
         return Headline("busy", "Still running", (f"{rounds} done so far.", *missing))
-    title = {"failed": "Failed", "stopped": "Stopped before the end", "interrupted": "Interrupted"}
-    after = f"{rounds} were completed. There is no final result."
-    return Headline("bad", title[report.verdict], (*why, after, *missing))
+    title = {"failed": "Failed", "stopped": "Stopped", "interrupted": "Interrupted"}[report.verdict]
+    return Headline("bad", f"{title}: no result", (*why, f"{rounds} were completed.", *missing))
 
 
 def headline_figures(report: RunReport) -> tuple[str, tuple[Figure, ...]]:
@@ -79,11 +78,15 @@ def headline_figures(report: RunReport) -> tuple[str, tuple[Figure, ...]]:
     return caption, _figures(last.validation, report)
 
 
-def comparison_sentence(report: RunReport) -> str:
-    """Compare the federated model with the sites' own in one sentence; empty when none can be compared."""
-    differences = [each for each in map(lambda site: auroc_difference(report, site), report.sites) if each]
+def comparison(report: RunReport) -> tuple[float, str] | None:
+    """Compare the federated model with the sites' own: mean difference of AUROC, and where it is higher.
+
+    None when no site has both figures.
+    """
+    pairs = [auroc_difference(report, site) for site in report.sites]
+    differences = [pair for pair in pairs if pair is not None]
     if not differences:
-        return ""
+        return None
     higher = sum(1 for change, bound in differences if change > bound)
     lower = sum(1 for change, bound in differences if change < -bound)
     equal = len(differences) - higher - lower
@@ -91,7 +94,7 @@ def comparison_sentence(report: RunReport) -> str:
     parts = [f"higher AUROC at {higher} of {_count(len(differences), 'site')}"]
     parts += [f"lower at {lower}"] if lower else []
     parts += [f"equal within the error bound at {equal}"] if equal else []
-    return f"Against the model each site trained alone: {', '.join(parts)} ({average:+.3f} on average)."
+    return average, ", ".join(parts)
 
 
 def auroc_difference(report: RunReport, site: str) -> tuple[float, float] | None:
@@ -103,7 +106,10 @@ def auroc_difference(report: RunReport, site: str) -> tuple[float, float] | None
 
 
 def absence_rows(report: RunReport) -> list[AbsenceRow]:
-    """List who missed which rounds and why, one row a site and reason, in the order of sites."""
+    """List who missed which rounds and why, one row a site and reason, in the order of sites.
+
+    A site that was missing when the run ended is listed once more only if no round says so already.
+    """
     missed: dict[tuple[str, str, str], list[int]] = {}
     for each in report.rounds:
         for site in each.sites:
@@ -111,10 +117,18 @@ def absence_rows(report: RunReport) -> list[AbsenceRow]:
                 missed.setdefault((site.site, site.status, site.reason), []).append(each.round_index)
     order = {name: place for place, name in enumerate(report.sites)}
     ranked = sorted(missed.items(), key=lambda item: (order.get(item[0][0], len(order)), item[1]))
-    return [
+    rows = [
         AbsenceRow(site=site, rounds=ranges(rounds), status=status, reason=reason)
         for (site, status, reason), rounds in ranked
     ]
+    told = {(row.site, row.reason) for row in rows}
+    when = "at the end" if report.rounds else "at the start"
+    rows += [
+        AbsenceRow(site=absent.site, rounds=when, status="missing", reason=absent.reason)
+        for absent in report.absent
+        if (absent.site, absent.reason) not in told
+    ]
+    return rows
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -180,7 +194,7 @@ def _result_sentences(report: RunReport) -> tuple[str, ...]:
     if report.test is None:
         return ("No test cases were measured.",)
     test, labels = report.test, report.plan.task.labels
-    compared = comparison_sentence(report)
+    compared = comparison(report)
     if len(labels) > 2:
         right = sum(row[index] for index, row in enumerate(test.confusion))
         found = f"The model gave {right:,} of {test.num_cases:,} test cases their own label."
@@ -192,7 +206,10 @@ def _result_sentences(report: RunReport) -> tuple[str, ...]:
             f"The model found {found_positive:,} of {positives:,} {labels[positive]} cases "
             f"and recognised {cleared:,} of {negatives:,} {labels[1 - positive]} cases."
         )
-    return (found, compared) if compared else (found,)
+    if compared is None:
+        return (found,)
+    average, where = compared
+    return found, f"Against the model each site trained alone: {where} ({average:+.3f} on average)."
 
 
 def _participation_sentence(report: RunReport, rounds: str) -> str:

@@ -1,0 +1,137 @@
+"""`fedward plan`: look at a plan before it is signed, and sign it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedward_server.console import emit, read_file, say, table, write_file
+
+if TYPE_CHECKING:
+    from fedward_common.plan import SignedPlan, TrainingPlan
+    from fedward_common.weights import Layout
+
+plan = typer.Typer(help="Training plans: check and sign them.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@plan.command("check")
+def check(
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in TOML, or a signed plan.")],
+    identity: Annotated[
+        Path | None,
+        typer.Option(envvar="FEDWARD_IDENTITY", help="Any member's directory: also checks a signature."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a plan with every part it names, and show what it asks of a site."""
+    from fedward_common.plan import check_names, parse_signed_plan, read_plan
+
+    signed: SignedPlan | None = None
+    document = read_file(path)
+    if document.lstrip().startswith(b"{"):
+        signed = parse_signed_plan(document)
+        if identity is not None:
+            from fedward_common.identity import load_identity, verify_plan
+
+            verify_plan(document, load_identity(identity).federation)
+    content = read_plan(path) if signed is None else signed.plan
+    check_names(content)
+    layout = _layout(content)
+    checked = signed is not None and identity is not None
+    _show(content, layout, signed, signature_checked=checked, as_json=as_json)
+
+
+@plan.command("sign")
+def sign(
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in TOML.")],
+    identity: Annotated[Path, typer.Option(envvar="FEDWARD_IDENTITY", help="A coordinator's directory.")],
+    out: Annotated[Path, typer.Option(help="Where to write the signed plan.")],
+    valid_days: Annotated[
+        float, typer.Option(min=0.001, max=3650, help="Days until it expires, unless the plan says.")
+    ] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a plan: from then on its every byte is fixed, and so is what may leave a site."""
+    from fedward_common.identity import load_identity, sign_plan
+    from fedward_common.plan import check_names, read_plan
+
+    signer = load_identity(identity)
+    content = read_plan(path)
+    check_names(content)
+    signed = sign_plan(content, _layout(content), signer, valid_days=valid_days)
+    write_file(out, signed.to_bytes())
+    expires = signed.plan.expires
+    assert expires is not None
+    document = {
+        "file": str(out),
+        "name": content.name,
+        "digest": signed.digest,
+        "signer": signed.signer,
+        "expires": expires.isoformat(),
+    }
+
+    def show() -> None:
+        say(f"Signed plan {content.name} as {signed.signer}, valid until {expires:%Y-%m-%d %H:%M %Z}: {out}")
+        say(f"Sites approve this digest: {signed.digest}")
+        say(f"Next: fedward run start {out}")
+
+    emit(document, as_json=as_json, show=show)
+
+
+def _layout(content: TrainingPlan) -> Layout:
+    from fedward_common.models import layout_of
+
+    return layout_of(content)
+
+
+def _show(
+    content: TrainingPlan,
+    layout: Layout,
+    signed: SignedPlan | None,
+    *,
+    signature_checked: bool,
+    as_json: bool,
+) -> None:
+    from fedward_common.weights import num_bytes
+
+    parameters = sum(spec.size for spec in layout if spec.kind == "parameter")
+    document = {
+        "plan": content.model_dump(mode="json"),
+        "parameters": parameters,
+        "bytes_per_update": num_bytes(layout),
+        "signed": signed is not None,
+        "signature_checked": signature_checked,
+        "digest": None if signed is None else signed.digest,
+    }
+    rows = [
+        ("plan", content.name),
+        ("description", content.description or "-"),
+        ("task", f"{content.task.name}: {', '.join(content.task.labels)}"),
+        ("model", f"{content.model.name}, {parameters:,} parameters"),
+        ("update", f"{num_bytes(layout) / 1e6:,.2f} MB a site and round"),
+        ("training", _training(content)),
+        ("rounds", f"{content.rounds}, quorum {content.participation.quorum} sites"),
+        ("strategy", content.strategy.name),
+        ("privacy", f"no number from fewer than {content.privacy.min_cases} cases"),
+        ("signature", _signature(signed, checked=signature_checked)),
+    ]
+    emit(document, as_json=as_json, show=lambda: table(("", ""), rows))
+
+
+def _training(content: TrainingPlan) -> str:
+    part = content.training
+    return (
+        f"{part.local_epochs} local epochs, {part.optimizer}, learning rate {part.learning_rate:g},"
+        f" batches of {part.batch_size}"
+    )
+
+
+def _signature(signed: SignedPlan | None, *, checked: bool) -> str:
+    if signed is None:
+        return "none yet"
+    verdict = "holds" if checked else "not checked; give --identity"
+    return f"by {signed.signer}: {verdict}; digest {signed.digest}"

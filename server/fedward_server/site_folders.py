@@ -1,0 +1,90 @@
+"""Folders of images for sites on this machine: given ones, real radiographs, or phantoms drawn on the spot.
+
+Used by the demo and the simulation. The writers of DICOM files belong to the client's package and are
+found by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from fedward_common.errors import UsageError
+
+_DONE = "written.json"
+
+
+@dataclass(frozen=True)
+class SiteFolders:
+    """Where each site's `dicom/` and `labels.csv` are, and one phrase that says what the images are."""
+
+    kind: str
+    folders: dict[str, Path]
+
+
+def default_radiographs() -> Path | None:
+    """The real chest radiographs of the shared data folder (or of FEDWARD_DATA), when they are there."""
+    data = Path(os.environ.get("FEDWARD_DATA", Path("..") / "shared" / "data"))
+    found = data / "pneumoniamnist" / "pneumoniamnist.npz"
+    return found if found.is_file() else None
+
+
+def site_names(num_sites: int) -> list[str]:
+    """site-1, site-2, ..."""
+    return [f"site-{number}" for number in range(1, num_sites + 1)]
+
+
+def prepare_folders(
+    data: Path | None, out: Path, names: Sequence[str], *, limit: int | None = None, seed: int = 0
+) -> SiteFolders:
+    """Find or make a folder of images for each site.
+
+    Args:
+        data: an `.npz` in MedMNIST's form, a folder with one folder a site, or None for the real
+            radiographs if they are at hand and phantoms if not.
+        out: where files are written; files written there before by the same call are used again.
+        names: sites to have images for; a given folder's own names win.
+        limit: at most this many images in all.
+        seed: decides the division among sites.
+
+    Raises:
+        UsageError: `data` is neither, or has too few sites.
+    """
+    if data is not None and data.is_dir():
+        return _given(data, len(names))
+    if data is not None and not data.is_file():
+        raise UsageError(f"{data} does not exist", remedy="Give an .npz file or a folder with --data.")
+    source = data or default_radiographs()
+    wanted = {
+        "source": "phantoms" if source is None else f"{source.resolve()}:{source.stat().st_size}",
+        "names": list(names),
+        "limit": limit,
+        "seed": seed,
+    }
+    folders = {name: out / name for name in names}
+    done = out / _DONE
+    if done.is_file():
+        before = json.loads(done.read_text())
+        if before["wanted"] == wanted:
+            return SiteFolders(before["kind"], folders)
+    synthetic = import_module("fedward_client.dicom.synthetic")
+    if source is None:
+        written = synthetic.write_phantom_sites(out, names, seed=seed)
+    else:
+        written = synthetic.write_npz_sites(source, out, names, seed=seed, limit=limit)
+    done.write_text(json.dumps({"wanted": wanted, "kind": written.kind}))
+    return SiteFolders(written.kind, folders)
+
+
+def _given(data: Path, num_sites: int) -> SiteFolders:
+    found = sorted(path for path in data.iterdir() if (path / "dicom").is_dir())
+    if len(found) < num_sites:
+        raise UsageError(
+            f"{data} has {len(found)} folders with a dicom/ inside, {num_sites} sites were asked for",
+            remedy="Give fewer --sites, or a folder with SITE/dicom/ and SITE/labels.csv for each site.",
+        )
+    return SiteFolders("images from the given folder", {path.name: path for path in found[:num_sites]})
