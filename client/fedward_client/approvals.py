@@ -154,19 +154,31 @@ class PlanGate:
             )
         return found[0]
 
-    def approve(self, source: str | Path, *, now: datetime | None = None) -> SignedPlan:
-        """Approve exactly one plan: a signed file, or one that waits, by its digest.
+    def inspect(self, source: str | Path, *, now: datetime | None = None) -> SignedPlan:
+        """Read one plan that could be approved: a signed file, or one that waits, by its digest.
+
+        Raises:
+            UsageError: no such plan.
+            PlanRefusedError: it does not verify, or the policy refuses it whoever approves it.
+        """
+        if isinstance(source, Path) or _DIGEST_START.fullmatch(source) is None:
+            document = _read_document(Path(source))
+        else:
+            document = self.find(source).signed.to_bytes()
+        signed = verify_plan(document, self._federation, now=now or datetime.now(UTC))
+        self._check_permitted(signed)
+        return signed
+
+    def approve(self, source: str | Path | SignedPlan, *, now: datetime | None = None) -> SignedPlan:
+        """Approve exactly one plan: the one that `inspect` returned and the operator has read.
 
         Raises:
             UsageError: no such plan.
             PlanRefusedError: it does not verify, or the policy refuses it whoever approves it.
         """
         moment = now or datetime.now(UTC)
-        if isinstance(source, Path) or _DIGEST_START.fullmatch(source) is None:
-            document = _read_document(Path(source))
-        else:
-            document = self.find(source).signed.to_bytes()
-        signed = verify_plan(document, self._federation, now=moment)
+        signed = source if isinstance(source, SignedPlan) else self.inspect(source, now=moment)
+        verify_plan(signed.to_bytes(), self._federation, now=moment)
         self._check_permitted(signed)
         self._keep(signed, moment)
         if self._ledger.approve(signed.digest, moment):
@@ -264,7 +276,12 @@ def _check_supported(signed: SignedPlan) -> None:
         (TRAINERS, plan.training.trainer),
         (STRATEGIES, plan.strategy.name),
     )
-    missing = [f"{registry.kind}: {name}" for registry, name in named if name not in registry.names()]
+    # Installed packages are searched, at some milliseconds each, only for a name that is not built in.
+    missing = [
+        f"{registry.kind}: {name}"
+        for registry, name in named
+        if name not in registry.builtin and name not in registry.names()
+    ]
     if missing:
         raise PlanRefusedError(
             f"plan {plan.name} names parts that are not installed here: {', '.join(missing)}",

@@ -52,7 +52,7 @@ def fault(home: Path, *, max_age_s: float = MAX_AGE_S, now: float | None = None)
         pid, at = int(content["pid"]), float(content["at"])
     except FileNotFoundError:
         return f"no {HEALTH_FILE}: the daemon has not started with this home"
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return f"{HEALTH_FILE} cannot be read"
     if not abs(moment - at) <= max_age_s:  # also when the clock was set back, and for NaN
         return f"the daemon was last heard of {moment - at:.0f} s ago, at most {max_age_s:.0f} s expected"

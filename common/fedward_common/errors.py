@@ -190,7 +190,7 @@ _MEANINGS: dict[RefusalCode, str] = {
 class TrainingError(FederationError):
     """Training or evaluation at a site ended without a result; `code` is what the server is told."""
 
-    exit_code = 13
+    exit_code = 15
 
     def __init__(self, message: str, *, remedy: str, code: RefusalCode = RefusalCode.TRAINING_FAILED) -> None:
         super().__init__(message, remedy=remedy)

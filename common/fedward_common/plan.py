@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedward_common.errors import PlanError
-from fedward_common.registry import MODELS, STRATEGIES, TASKS, TRANSFORMS
+from fedward_common.registry import DATASETS, MODELS, STRATEGIES, TASKS, TRAINERS, TRANSFORMS
 from fedward_common.weights import Layout
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
@@ -27,7 +27,8 @@ Options = dict[str, Scalar | tuple[Scalar, ...]]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # TOML and JSON readers let nan and inf through; as a bound, either would permit everything.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Participation(_Part):
@@ -99,7 +100,9 @@ class TransformPart(_Part):
     """How an image becomes a tensor."""
 
     name: Name = "chest_xray"
-    size: tuple[int, ...] = Field(default=(64, 64), min_length=2, max_length=3)
+    size: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
+        default=(64, 64), min_length=2, max_length=3
+    )
     augmentation: Augmentation = Augmentation()
 
 
@@ -217,6 +220,8 @@ def parse_plan(document: dict[str, Any]) -> TrainingPlan:
 
 def check_names(plan: TrainingPlan) -> None:
     """Raise PlanError when a part that the plan names is unknown on this machine or rejects its options."""
+    DATASETS.check(plan.data.dataset)
+    TRAINERS.check(plan.training.trainer)
     TASKS.load(plan.task.name)
     TRANSFORMS.load(plan.transforms.name)
     MODELS.load(plan.model.name).check(plan.model.options)

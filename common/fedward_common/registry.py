@@ -42,13 +42,16 @@ class Registry:
         if target is not None:
             module, _, attribute = target.partition(":")
             return getattr(import_module(module), attribute)
-        for point in self._installed():
-            if point.name == name:
-                return point.load()
-        raise PlanError(
-            f"unknown name {name!r} among {self.kind}; known here: {', '.join(self.names())}",
-            remedy=f"Use one of the known names, or install a package that offers fedward.{self.kind}.",
-        )
+        self.check(name)
+        return next(point for point in self._installed() if point.name == name).load()
+
+    def check(self, name: str) -> None:
+        """Raise PlanError, listing the known names, unless `name` is known here; nothing is imported."""
+        if name not in self.names():
+            raise PlanError(
+                f"unknown name {name!r} among {self.kind}; known here: {', '.join(self.names())}",
+                remedy=f"Use one of the known names, or install a package that offers fedward.{self.kind}.",
+            )
 
     def _installed(self) -> list[Any]:
         return list(entry_points(group=f"fedward.{self.kind}"))

@@ -26,7 +26,6 @@ ALLOWED: dict[str, frozenset[Role]] = {
     f"{SERVICE}Report": _EVERYBODY,
     f"{SERVICE}Sites": _EVERYBODY,
     "/grpc.health.v1.Health/Check": _EVERYBODY,
-    "/grpc.health.v1.Health/List": _EVERYBODY,
     "/grpc.health.v1.Health/Watch": _EVERYBODY,
 }
 

@@ -260,7 +260,7 @@ def _file(site: Site, signed: SignedPlan) -> Path:
     return path
 
 
-@pytest.mark.parametrize("run_id", ["", "DOE^JOHN", "A" * 16, "0" * 17, "0" * 15 + "\n"])
+@pytest.mark.parametrize("run_id", ["", "DOE^JOHN", "A" * 16, "0" * 81, "0" * 15 + "\n"])
 def test_malformed_run_id_is_refused_and_not_written_down(
     site: Site, signed: SignedPlan, run_id: str
 ) -> None:

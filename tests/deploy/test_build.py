@@ -71,7 +71,7 @@ def test_setup_installs_torch_first_and_alone() -> None:
     steps = [
         line
         for line in make("--dry-run", "setup", "VENV=none", "TORCH_INDEX=INDEX").stdout.splitlines()
-        if "pip" in line
+        if "-m pip install" in line
     ]
     assert len(steps) == 2
     assert '--index-url "INDEX" "$(grep \'^torch==\' deploy/constraints.txt)"' in steps[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ def test_no_finding_is_silenced() -> None:
     ("right", "wrong", "finding"),
     [
         ("tini=0.19.*", "tini", "DL3008"),
-        ("python:3.11-slim-bookworm\n", "python:latest\n", "DL3007"),
+        (" --no-install-recommends", "", "DL3015"),
         ("USER 10001:10001", "USER root", "DL3002"),
         ("HEALTHCHECK --interval", "HEALTCHECK --interval", "unexpected 'H'"),
     ],
@@ -56,7 +55,7 @@ def test_hadolint_catches_a_mistake(name: str, right: str, wrong: str, finding: 
     assert right in text
     (tmp_path / "Dockerfile").write_text(text.replace(right, wrong))
     result = check_dockerfile(tmp_path / "Dockerfile")
-    assert result.returncode != 0 or result.stdout
+    assert result.returncode != 0
     assert finding in result.stdout + result.stderr
 
 
@@ -109,14 +108,3 @@ def test_everything_copied_is_let_through_by_dockerignore(name: str) -> None:
 def test_dockerignore_starts_by_leaving_everything_out() -> None:
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert next(line for line in lines if not line.startswith("#")) == "*"
-
-
-@each_image
-def test_health_command_of_the_image_is_a_module_that_runs(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["health", "--help"])
-        runpy.run_module(HEALTH[name], run_name="__main__")
-    assert stopped.value.code == 0
-    assert "Exit 0" in capsys.readouterr().out

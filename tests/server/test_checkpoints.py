@@ -142,7 +142,7 @@ def test_record_cannot_name_a_file_outside_the_folder(tmp_path: Path) -> None:
     document["body"]["file"] = "../secret"
     (folder / "round-00001.json").write_text(json.dumps(document))
 
-    with pytest.raises(CheckpointError, match="round-00001.json"):
+    with pytest.raises(CheckpointError, match=r"round-00001\.json"):
         checkpoints.read(1)
 
 

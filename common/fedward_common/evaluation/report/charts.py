@@ -14,7 +14,7 @@ from itertools import pairwise
 from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 440, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 10, 12, 38
 _MAX_DISTINCT = 6
 _MAX_MARKED = 30
 
@@ -222,7 +222,7 @@ def _frame(
     parts.append(
         Markup(
             '<text class="axis mid" x="{}" y="{}">{}</text>'
-            '<text class="axis mid" transform="translate(11 {}) rotate(-90)">{}</text>'
+            '<text class="axis mid" transform="translate(12 {}) rotate(-90)">{}</text>'
         ).format((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 5, x_label, middle, y_label)
     )
     return Markup("").join(parts)

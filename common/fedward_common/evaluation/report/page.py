@@ -180,18 +180,20 @@ def _plan_sections(plan: BaseModel) -> list[tuple[str, list[tuple[str, str]]]]:
     """Spell the plan out: general settings first, then one section a part, empty values as a dash."""
     document = plan.model_dump(mode="json")
     general = [(key, _plain(value)) for key, value in document.items() if not isinstance(value, dict)]
-    parts = [(key, _flatten(value)) for key, value in document.items() if isinstance(value, dict)]
-    return [("general", general), *parts]
+    sections = [("general", general)]
+    for name, part in document.items():
+        if isinstance(part, dict):
+            sections += _sections(name, part)
+    return sections
 
 
-def _flatten(part: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
+def _sections(name: str, part: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """One section for a part's own settings and one for each part inside it."""
+    sections = [(name, [(key, _plain(value)) for key, value in part.items() if not isinstance(value, dict)])]
     for key, value in part.items():
-        if isinstance(value, dict):
-            rows += _flatten(value, f"{prefix}{key}.") or [(f"{prefix}{key}", words.MISSING)]
-        else:
-            rows.append((f"{prefix}{key}", _plain(value)))
-    return rows
+        if isinstance(value, dict) and value:
+            sections += _sections(f"{name} {key}", value)
+    return sections
 
 
 def _plain(value: Any) -> str:

@@ -130,7 +130,7 @@ def rounds_table(report: RunReport) -> Table:
                 Cell(duration(each.seconds), each.seconds),
                 Cell(size(up), up),
                 Cell(size(down), down),
-                Cell(each.weights_digest[:12] or MISSING, each.weights_digest, "code", each.weights_digest),
+                Cell(each.weights_digest[:12] or MISSING, None, "code", each.weights_digest),
             )
         )
     return Table(columns, tuple(rows))

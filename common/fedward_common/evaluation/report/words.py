@@ -67,7 +67,9 @@ def headline(report: RunReport) -> Headline:
 def headline_figures(report: RunReport) -> tuple[str, tuple[Figure, ...]]:
     """Give a caption and up to four large numbers: of the test, else of the last validation."""
     if report.test is not None:
-        sites = _count(sum(1 for each in report.test_sites.values() if each is not None), "site")
+        told = sum(1 for each in report.test_sites.values() if each is not None)
+        everyone = _count(len(report.sites), "site")
+        sites = everyone if told == len(report.sites) else f"{told} of {everyone}"
         caption = f"The federated model on {_count(report.test.num_cases, 'test case')} from {sites}"
         return caption, _figures(report.test, report)
     measured = [each for each in report.rounds if each.validation is not None]
@@ -197,7 +199,7 @@ def _result_sentences(report: RunReport) -> tuple[str, ...]:
     compared = comparison(report)
     if len(labels) > 2:
         right = sum(row[index] for index, row in enumerate(test.confusion))
-        found = f"The model gave {right:,} of {test.num_cases:,} test cases their own label."
+        found = f"The model named the right label for {right:,} of {test.num_cases:,} test cases."
     else:
         positive = report.plan.task.positive_index
         found_positive, positives = test.confusion[positive][positive], sum(test.confusion[positive])
