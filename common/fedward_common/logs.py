@@ -29,34 +29,14 @@ from fedward_common.audit import is_token
 
 FIELDS = frozenset(
     {
-        *("action", "address", "attempt", "auroc", "case", "code", "count", "delay_s", "device", "digest"),
-        *("epoch", "exit_code", "expires", "federation", "host", "kind", "loss", "mean_loss", "model"),
-        *("num_bytes", "num_cases", "num_images", "num_instances", "num_patients", "num_positives"),
-        *("num_quarantined", "num_sites", "num_slices", "num_steps", "num_test", "num_train"),
-        *(
-            "num_validation",
-            "payload_bytes",
-            "peer",
-            "pid",
-            "plan",
-            "port",
-            "process_name",
-            "quorum",
-            "reason",
-        ),
-        *("remedy", "role", "round", "rounds", "rss_mb", "run_id", "seconds", "signal", "signer", "site"),
-        *(
-            "split",
-            "state",
-            "status",
-            "strategy",
-            "task",
-            "threads",
-            "timeout_s",
-            "trainer",
-            "version",
-            "where",
-        ),
+        *("action", "address", "attempt", "auroc", "case", "code", "count", "delay_s", "device"),
+        *("digest", "epoch", "exit_code", "expires", "federation", "host", "kind", "loss", "mean_loss"),
+        *("method", "model", "node_id", "num_bytes", "num_cases", "num_images", "num_instances"),
+        *("num_patients", "num_positives", "num_quarantined", "num_sites", "num_slices", "num_steps"),
+        *("num_test", "num_train", "num_validation", "payload_bytes", "peer", "pid", "plan", "port"),
+        *("process_name", "quorum", "reason", "remedy", "role", "round", "rounds", "rss_mb", "run_id"),
+        *("seconds", "signal", "signer", "site", "split", "state", "status", "strategy", "task"),
+        *("threads", "timeout_s", "trainer", "version", "where"),
     }
 )
 
@@ -84,6 +64,8 @@ def configure(
         _PrivateFile(destination) if isinstance(destination, Path) else logging.StreamHandler(destination)
     )
     handler.setFormatter(JsonLines(context))
+    # Not by level alone: a library that gave its logger a level of its own (Flower) passes the root's.
+    handler.addFilter(lambda record: _is_ours(record.name) or record.levelno >= logging.WARNING)
     for name in ("", *logging.root.manager.loggerDict):
         logger = logging.getLogger(name)
         for installed in [one for one in logger.handlers if not isinstance(one, logging.NullHandler)]:

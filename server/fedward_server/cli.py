@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; every error is printed with its remedy."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it writes every failed handshake to standard error
     try:
         command = typer.main.get_command(app)
         code = command.main(given, prog_name="fedward", standalone_mode=False)

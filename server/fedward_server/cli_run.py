@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedward_common.errors import ConnectionLostError, RunFailedError, UsageError
+from fedward_common.errors import ConnectionLostError, PayloadError, RunFailedError
 from fedward_server.console import confirm, emit, read_file, say, table, write_file
 
 if TYPE_CHECKING:
+    from fedward_common.evaluation.report import RunReport
     from fedward_server.control_client import ControlClient
     from fedward_server.run_records import RunInfo
 
@@ -118,16 +119,27 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Write the report there, as one HTML page.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's report as an HTML page, or print it as JSON."""
-    if out is None and not as_json:
-        raise UsageError("nothing to write", remedy="Add --out report.html, or --json.")
+    """Show a run's report as a table, write it as an HTML page, or print it as JSON."""
     with _client(identity) as client:
         document = client.report(run_id)
+    parsed = _parsed(document)
     if out is not None:
-        from fedward_common.evaluation.report import RunReport, render_html
+        from fedward_common.evaluation.report import render_html
 
-        write_file(out, render_html(RunReport.model_validate_json(document)).encode())
-    emit(json.loads(document), as_json=as_json, show=lambda: say(f"Report of {run_id}: {out}"))
+        write_file(out, render_html(parsed).encode())
+
+    def show() -> None:
+        from fedward_common.evaluation.report import render_terminal_table
+
+        rows = render_terminal_table(parsed)
+        say(
+            f"{parsed.name}, run {run_id}: {parsed.verdict}" + (f", {parsed.reason}" if parsed.reason else "")
+        )
+        table(rows[0], rows[1:])
+        if out is not None:
+            say(f"Report: {out}")
+
+    emit(json.loads(document), as_json=as_json, show=show)
 
 
 def sites(identity: IdentityDir, as_json: AsJson = False) -> None:
@@ -147,6 +159,20 @@ def _client(identity: Path) -> ControlClient:
     from fedward_server.control_client import ControlClient
 
     return ControlClient(load_identity(identity))
+
+
+def _parsed(document: bytes) -> RunReport:
+    from pydantic import ValidationError
+
+    from fedward_common.evaluation.report import RunReport
+
+    try:
+        return RunReport.model_validate_json(document)
+    except ValidationError as error:
+        raise PayloadError(
+            "the server's report has another form than this version knows",
+            remedy="Install the same version of fedward on both sides.",
+        ) from error
 
 
 def _follow(client: ControlClient, run_id: str, *, as_json: bool) -> None:

@@ -49,7 +49,7 @@ class ControlServer:
         sites: names of the sites connected now.
         host: address to bind.
         port: 0 lets the system choose; see `port`.
-        report: the document that `Report` returns; the run's plain records when not given.
+        report: makes the document (RunReport as JSON) that `Report` returns.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class ControlServer:
         sites: Callable[[], list[str]],
         host: str,
         port: int,
-        report: Callable[[RunStore, str], bytes] | None = None,
+        report: Callable[[RunStore, str], bytes],
     ) -> None:
         gate = Gate(supervisor.home.federation, AuditLog(supervisor.home.audit))
         pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="control")
         self._server = grpc.server(pool, interceptors=(gate,), options=_OPTIONS)
-        self._service = _Service(supervisor, sites, report or records_document)
+        self._service = _Service(supervisor, sites, report)
         control_pb2_grpc.add_ControlServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
         self._health = health.HealthServicer(experimental_non_blocking=False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -169,16 +169,6 @@ class _Service(control_pb2_grpc.ControlServicer):
         online = set(self._sites())
         roster = read_federation(self._supervisor.home.federation).sites
         return _documents([SiteStatus(name=name, online=name in online) for name in sorted(roster)])
-
-
-def records_document(store: RunStore, run_id: str) -> bytes:
-    """The run's records as they are: {"run", "plan", "rounds", "result"}."""
-    document = {
-        **json.loads(_description(store, run_id)),
-        "rounds": [record.model_dump(mode="json") for record in store.rounds(run_id)],
-        "result": store.result(run_id),
-    }
-    return json.dumps(document, separators=(",", ":")).encode()
 
 
 def _description(store: RunStore, run_id: str) -> bytes:

@@ -186,10 +186,12 @@ class RunSupervisor:
     def _check_room(self) -> None:
         if self._closing:
             raise UsageError("the server is shutting down", remedy="Try again when it is back.")
-        if len(self._going) >= self._config.max_runs:
-            names = ", ".join(self._going)
+        # a run that has said its last word is no longer going, though its process may still be ending
+        busy = [run_id for run_id in self._going if self.store.run(run_id).status in ACTIVE]
+        if len(busy) >= self._config.max_runs:
+            names = ", ".join(busy)
             raise UsageError(
-                f"{len(self._going)} of at most {self._config.max_runs} runs are going: {names}",
+                f"{len(busy)} of at most {self._config.max_runs} runs are going: {names}",
                 remedy="Wait for its end, stop it with: fedward run stop - or raise max_runs in server.toml.",
             )
 

@@ -107,15 +107,20 @@ def test_two_homes_give_the_same_tensors_in_the_same_order(tmp_path: Path) -> No
     assert not set(first.train.case_ids) & set(second.train.case_ids)
 
 
+@pytest.mark.parametrize(
+    ("filling", "end", "reason"), [(b"\x55", 8, Reason.DECODE_FAILED), (b"\0", 0, Reason.TRUNCATED)]
+)
 def test_a_file_that_cannot_be_decoded_is_quarantined_and_the_others_go_on(
-    tmp_path: Path, decoded: list[int]
+    tmp_path: Path, decoded: list[int], filling: bytes, end: int, reason: Reason
 ) -> None:
     site = a_site(tmp_path, split=by_turns)
     dataset = a_dataset(np.tile(np.arange(64, dtype=np.uint8), (64, 1)), PatientID="bad")
     dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
     data = encode(dataset, JPEG2000Lossless)
     start = data.index(b"\xff\x4f\xff\x51") + 60
-    (site.dicom / "bad.dcm").write_bytes(data[:start] + b"\0" * (len(data) - start))
+    (site.dicom / "bad.dcm").write_bytes(
+        data[:start] + filling * (len(data) - start - end) + data[len(data) - end :]
+    )
     with site.labels.open("a") as file:
         file.write(f"{dataset.SOPInstanceUID},1,train\n")
     assert index_folder(site).num_images == 17
@@ -124,7 +129,7 @@ def test_a_file_that_cannot_be_decoded_is_quarantined_and_the_others_go_on(
 
     assert len(splits.train) == 6
     (entry,) = list_quarantine(site.home)
-    assert entry.reason == Reason.DECODE_FAILED
+    assert entry.reason == reason
     again = open_dicom_folder(a_plan(), site)
     assert len(decoded) == 17
     assert equal(splits, again)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import struct
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -336,15 +338,38 @@ def test_a_codestream_larger_than_its_header_says_is_never_decoded(
     assert not decoded
 
 
+def test_a_progressive_jpeg_is_not_taken_for_a_baseline_one() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(RAMP8).save(stream, "JPEG", progressive=True)
+
+    with pytest.raises(UnusableImageError) as caught:
+        decode_image(encode(a_dataset(RAMP8, PixelData=encapsulate([stream.getvalue()])), JPEGBaseline8Bit))
+
+    assert caught.value.reason == Reason.CODESTREAM
+
+
+def test_an_rle_segment_that_expands_without_end_takes_no_memory() -> None:
+    frame = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\x00" * 1_000_000  # 128 MB of zeros
+    data = encode(a_dataset(np.zeros((64, 64), dtype=np.uint8), PixelData=encapsulate([frame])), RLELossless)
+
+    tracemalloc.start()
+    with contextlib.suppress(UnusableImageError):
+        decode_image(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 30_000_000
+
+
 def test_frame_size_reads_what_the_encoder_was_given() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (31, 17)).save(stream, "JPEG")
-    assert frame_size(stream.getvalue()) == FrameSize(rows=17, columns=31, components=3)
-    for syntax in (JPEG2000Lossless, JPEGLSLossless):
+    assert frame_size(stream.getvalue()) == FrameSize(17, 31, components=3, marker=0xC0)
+    for syntax, marker in ((JPEG2000Lossless, 0x51), (JPEGLSLossless, 0xF7)):
         dataset = a_dataset(np.zeros((37, 51), dtype=np.uint8))
         dataset.compress(syntax, generate_instance_uid=False)
         start = dataset.PixelData.index(b"\xff\x4f" if syntax == JPEG2000Lossless else b"\xff\xd8")
-        assert frame_size(dataset.PixelData[start:]) == FrameSize(rows=37, columns=51, components=1)
+        assert frame_size(dataset.PixelData[start:]) == FrameSize(37, 51, components=1, marker=marker)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 6, 11, 30, 41])

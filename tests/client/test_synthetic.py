@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +180,7 @@ def test_bad_requests_are_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "full" / "north" / "dicom").mkdir(parents=True)
     (tmp_path / "full" / "north" / "dicom" / "kept.dcm").write_bytes(b"x")
 
-    for call in (
+    requests: list[Callable[[], object]] = [
         lambda: write_npz_sites(tmp_path / "not.npz", tmp_path / "o", SITES),
         lambda: write_npz_sites(tmp_path / "wrong.npz", tmp_path / "o", SITES),
         lambda: write_npz_sites(tmp_path / "absent.npz", tmp_path / "o", SITES),
@@ -190,9 +191,10 @@ def test_bad_requests_are_refused_with_a_remedy(tmp_path: Path) -> None:
         lambda: write_npz_sites(npz, tmp_path / "o", SITES, alpha=1e-4),
         lambda: write_phantom_sites(tmp_path / "o", SITES, cases_per_site=4),
         lambda: write_phantom_sites(tmp_path / "full", SITES),
-    ):
+    ]
+    for request in requests:
         with pytest.raises(UsageError) as caught:
-            call()
+            request()
         assert caught.value.remedy
     assert not (tmp_path.parent / "outside").exists()
 

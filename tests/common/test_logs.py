@@ -164,6 +164,20 @@ def test_handlers_that_libraries_installed_before_are_removed() -> None:
     assert handler not in foreign.handlers
 
 
+def test_libraries_are_heard_from_warning_even_with_a_level_of_their_own() -> None:
+    stream = io.StringIO()
+    configure(stream)
+    foreign.setLevel(logging.DEBUG)
+
+    try:
+        foreign.info("x")
+        foreign.warning("x")
+    finally:
+        foreign.setLevel(logging.NOTSET)
+
+    assert [line["level"] for line in lines_of(stream)] == ["warning"]
+
+
 def test_formatter_survives_values_that_json_does_not_know() -> None:
     record = logging.makeLogRecord(
         {

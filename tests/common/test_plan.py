@@ -202,9 +202,9 @@ def test_positive_class_is_the_last_label_unless_named() -> None:
 def test_plan_cannot_be_changed_once_it_is_read() -> None:
     plan = parse_plan(a_document())
     with pytest.raises(ValidationError, match="frozen"):
-        plan.rounds = 6
+        plan.rounds = 6  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
-        plan.training.learning_rate = 1.0
+        plan.training.learning_rate = 1.0  # type: ignore[misc]
 
 
 def test_names_and_options_of_the_parts_are_checked() -> None:
@@ -249,7 +249,7 @@ def test_canonical_bytes_do_not_depend_on_the_order_in_the_file() -> None:
         ),
         max_size=4,
     ),
-    expires=st.datetimes(datetime(2026, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001
+    expires=st.datetimes(datetime(2026, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),
     learning_rate=st.floats(1e-9, 10),
 )
 def test_canonical_bytes_give_back_the_same_plan_and_the_same_bytes(
@@ -303,7 +303,7 @@ def test_signed_plan_in_any_other_form_is_refused(change: Any) -> None:
     document = a_signed_plan().to_bytes()
     other = change(document)
     assert other != document
-    with pytest.raises(PlanError, match="not in canonical form|not a signed plan"):
+    with pytest.raises(PlanError, match=r"not in canonical form|not a signed plan"):
         parse_signed_plan(other)
 
 

@@ -28,18 +28,18 @@ def a_round(index: int, **changes: Any) -> RoundRecord:
             SiteRecord(site="north", status="contributed", num_cases=100, loss=0.5, seconds=2.0),
             SiteRecord(site="south", status="missing", code=70),
         ),
-        "validation": {"auroc": 0.8},
-        "validation_sites": {"north": {"auroc": 0.8}, "south": None},
         "checkpoint_file": f"round-{index:05d}-0123456789ab.safetensors",
         "checkpoint_sha256": "d" * 64,
     }
     return RoundRecord.model_validate(record | changes)
 
 
-def an_event(kind: EventKind, *, second: float = 0, sequence: int = 1, **fields: Any) -> Event:
-    """An event so many seconds after noon."""
+def an_event(kind: EventKind, *, second: float = 0, total: Any = None, **fields: Any) -> Event:
+    """An event so many seconds after noon; `total` is the field "global" of "evaluated"."""
+    if kind == "evaluated":
+        fields["global"] = total
     at = datetime.fromtimestamp(NOON.timestamp() + second, UTC)
-    return Event(sequence=sequence, at=at, kind=kind, fields=fields)
+    return Event(sequence=1, at=at, kind=kind, fields=fields)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from fedward_common.federation import read_federation
 from fedward_common.identity import load_identity
 from fedward_server.config import ServerHome
 from fedward_server.control import ControlServer
+from fedward_server.reporting import build_report
 from fedward_server.supervisor import RunSupervisor
 from tests.federations import a_federation, a_plan, a_signed_plan
 
@@ -80,14 +81,31 @@ def a_supervisor(home: ServerHome, mailboxes: Mailboxes | None = None) -> Iterat
         supervisor.close()
 
 
+def serving(
+    home: ServerHome,
+    supervisor: RunSupervisor,
+    online: list[str],
+    *,
+    member: str = "server",
+    port: int = 0,
+) -> ControlServer:
+    """The coordinators' service, not started yet, with a member's certificate."""
+    return ControlServer(
+        load_identity(home.directory / member),
+        supervisor,
+        sites=lambda: online,
+        host="127.0.0.1",
+        port=port,
+        report=lambda store, run_id: build_report(store, run_id).model_dump_json().encode(),
+    )
+
+
 @contextmanager
 def a_control_server(
     home: ServerHome, supervisor: RunSupervisor, online: list[str]
 ) -> Iterator[ControlServer]:
     """The coordinators' service on a free port, which every member's federation.json then names."""
-    server = ControlServer(
-        load_identity(home.identity), supervisor, sites=lambda: online, host="127.0.0.1", port=0
-    )
+    server = serving(home, supervisor, online)
     server.start()
     for path in home.directory.rglob("federation.json"):
         federation = read_federation(path).model_copy(update={"control": f"127.0.0.1:{server.port}"})

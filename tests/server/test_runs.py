@@ -49,7 +49,11 @@ def test_unknown_run_is_refused_by_name(store: RunStore) -> None:
 
 
 def test_committed_rounds_come_back_equal_from_another_connection(store: RunStore) -> None:
-    records = [a_round(1), a_round(2, validation=None, validation_sites={})]
+    measured = {"auroc": 0.8, "confusion": [[3, 1], [0, 4]]}
+    records = [
+        a_round(1, validation=measured, validation_sites={"north": measured, "south": None}),
+        a_round(2),
+    ]
     for record in records:
         store.commit_round("run-1", record)
 

@@ -14,11 +14,20 @@ from fedward_client.dicom.refusal import Reason, UnusableImageError
 
 @dataclass(frozen=True)
 class FrameSize:
-    """What a codestream says about itself."""
+    """What a codestream says about itself.
+
+    Args:
+        rows: height.
+        columns: width.
+        components: 1 for grey.
+        marker: second byte of the marker that says so; it tells the coding process (0xC0 baseline,
+            0xC3 lossless, 0xF7 JPEG-LS, 0x51 JPEG 2000).
+    """
 
     rows: int
     columns: int
     components: int
+    marker: int
 
 
 def frame_size(codestream: bytes) -> FrameSize:
@@ -42,7 +51,7 @@ def frame_size(codestream: bytes) -> FrameSize:
 def _jpeg2000_size(codestream: bytes) -> FrameSize:
     right, bottom, left, top = struct.unpack_from(">4I", codestream, 8)
     (components,) = struct.unpack_from(">H", codestream, 40)
-    return FrameSize(bottom - top, right - left, components)
+    return FrameSize(bottom - top, right - left, components, 0x51)
 
 
 def _jpeg_size(codestream: bytes) -> FrameSize:
@@ -56,7 +65,7 @@ def _jpeg_size(codestream: bytes) -> FrameSize:
             continue
         if _is_start_of_frame(marker):
             rows, columns, components = struct.unpack_from(">HHB", codestream, position + 5)
-            return FrameSize(rows, columns, components)
+            return FrameSize(rows, columns, components, marker)
         (length,) = struct.unpack_from(">H", codestream, position + 2)
         if length < 2 or marker == 0xDA:
             raise UnusableImageError(Reason.CODESTREAM)

@@ -13,16 +13,35 @@ from importlib import metadata
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom import uid
 from pydicom.dataset import FileDataset
 from pydicom.encaps import generate_frames
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import RLELossless
 
 from fedward_client.dicom.codestream import FrameSize, frame_size
 from fedward_client.dicom.display import DISPLAY_KEYWORDS, display_table, first_value
-from fedward_client.dicom.header import HEADER_KEYWORDS, PLUGIN_OF_SYNTAX, Header, header_of, refusal_of
+from fedward_client.dicom.header import (
+    HEADER_KEYWORDS,
+    PLUGIN_OF_SYNTAX,
+    Header,
+    header_of,
+    read_header,
+    refusal_of,
+)
 from fedward_client.dicom.parser import contained, parse
 from fedward_client.dicom.refusal import Reason, UnusableImageError
+
+# Coding processes that a syntax may hold; a progressive JPEG, say, can be made to decode for hours.
+# RLE has no header of its own: its decoder allocates by the DICOM header, which is bounded.
+_MARKERS: dict[str, tuple[int, ...]] = {
+    uid.JPEGBaseline8Bit: (0xC0, 0xC1),
+    uid.JPEGLossless: (0xC3,),
+    uid.JPEGLosslessSV1: (0xC3,),
+    uid.JPEGLSLossless: (0xF7,),
+    uid.JPEGLSNearLossless: (0xF7,),
+    uid.JPEG2000Lossless: (0x51,),
+    uid.JPEG2000: (0x51,),
+}
 
 _KEYWORDS = (*HEADER_KEYWORDS, *DISPLAY_KEYWORDS, "PixelData")
 
@@ -38,6 +57,8 @@ def decode_image(data: bytes) -> NDArray[np.float32]:
     """
     with contained(Reason.DECODE_FAILED):
         dataset, _ = parse(data, _KEYWORDS, pixels=True)
+        if not dataset.get("PixelData"):  # absent, or cut so that the parser gave up on all of the file
+            raise refusal_of(read_header(data)) or UnusableImageError(Reason.TRUNCATED)
         header = header_of(dataset, None)
         refusal = refusal_of(header)
         if refusal is not None:
@@ -62,14 +83,13 @@ def _version(name: str) -> str:
 
 
 def _stored_pixels(dataset: FileDataset, header: Header) -> NDArray[np.integer]:
-    if not dataset.get("PixelData"):
-        raise UnusableImageError(Reason.NO_PIXELS)
     plugin = PLUGIN_OF_SYNTAX.get(header.transfer_syntax, "")
     if not plugin and len(dataset.PixelData) < header.num_pixel_bytes:
         raise UnusableImageError(Reason.TRUNCATED)
-    if plugin and header.transfer_syntax != RLELossless:  # RLE allocates by the header, which is bounded
+    markers = _MARKERS.get(header.transfer_syntax, ())
+    if markers:
         frame = next(generate_frames(io.BytesIO(dataset.PixelData), number_of_frames=1))
-        if frame_size(frame) != FrameSize(header.rows, header.columns, 1):
+        if frame_size(frame) not in [FrameSize(header.rows, header.columns, 1, each) for each in markers]:
             raise UnusableImageError(Reason.CODESTREAM)
     stored: NDArray[np.integer] = pixel_array(dataset, raw=True, decoding_plugin=plugin)
     if stored.shape != (header.rows, header.columns) or stored.dtype.itemsize * 8 != header.bits_allocated:

@@ -39,9 +39,10 @@ NATIVE_SYNTAXES = frozenset(
 )
 
 # One plugin a syntax, never "whichever is there": lossy decoders differ by a grey level, and two
-# sites must see the same pixels. gdcm is installed by the operator (JPEG Lossless only).
+# sites must see the same pixels. gdcm is installed by the operator (JPEG Lossless only). RLE is not
+# left to pydicom itself: it expands whatever a segment holds before it looks at the size.
 PLUGIN_OF_SYNTAX: dict[str, str] = {
-    uid.RLELossless: "pydicom",
+    uid.RLELossless: "pylibjpeg",
     uid.JPEGBaseline8Bit: "pillow",
     uid.JPEGLossless: "gdcm",
     uid.JPEGLosslessSV1: "gdcm",

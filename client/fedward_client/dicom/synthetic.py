@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import csv
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -281,12 +283,12 @@ def _dirichlet_share(
 def _read_npz(npz: Path) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.int64]]]:
     images, labels = {}, {}
     try:
-        with np.load(npz, allow_pickle=False) as arrays:
+        with npz.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             for part, split in _NPZ_SPLITS.items():
                 images[split] = arrays[f"{part}_images"]
                 labels[split] = arrays[f"{part}_labels"].reshape(-1).astype(np.int64)
                 _check_arrays(images[split], labels[split], images["train"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile, zlib.error) as error:
         raise UsageError(
             f"{npz.name} does not hold grey images as PneumoniaMNIST does",
             remedy="Give an npz with {train,val,test}_images uint8 (n, rows, columns) and _labels 0 or 1.",

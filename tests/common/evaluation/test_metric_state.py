@@ -117,7 +117,7 @@ def measured(plan: TrainingPlan) -> list[int]:
     return [plan.task.positive_index] if count == 2 else list(range(count))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(federations())
 def test_global_counts_equal_scikit_learn_on_pooled_predictions(federation: Federation) -> None:
     summary, labels, called = federation.summary(), federation.labels, predicted(federation)
@@ -159,7 +159,7 @@ def check_label(figures: dict[str, Any], truth: NDArray[np.bool_], called: NDArr
             assert figures[name] is None, name
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(federations())
 def test_global_auroc_is_within_the_printed_bound_of_scikit_learn(federation: Federation) -> None:
     summary = federation.summary()

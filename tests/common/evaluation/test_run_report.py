@@ -48,7 +48,8 @@ class Page(HTMLParser):
         self.attributes += attrs
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.tags[-1:] not in (["style"], ["script"]):
+            self.text += data
 
 
 def parsed(html: str) -> Page:
@@ -147,7 +148,7 @@ def test_a_long_run_shows_the_rounds_with_absences_and_says_what_it_leaves_out()
     matrix = participation(a_report(rounds=130, absent={("uz-meer", 7): 71, ("st-anna", 99): 30}))
     assert matrix.rounds == (7, 99)
     assert matrix.num_hidden == 128
-    assert [(site, given) for site, given, _ in matrix.rows][0] == ("st-anna", "129 of 130")
+    assert matrix.rows[0][:2] == ("st-anna", "129 of 130")
 
 
 def test_terminal_table_has_one_row_a_site_and_a_total() -> None:
@@ -183,7 +184,7 @@ def test_hostile_names_are_shown_and_never_become_markup() -> None:
         name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href", "style")
     ]
     assert page.text.count(HOSTILE) > 5
-    assert (HOSTILE in [value for name, value in page.attributes if name == "title"]) is True
+    assert ("title", HOSTILE) in page.attributes
 
 
 @pytest.mark.parametrize("report", [a_report(), a_failed_report(), a_report(num_sites=12, rounds=1)])

@@ -186,9 +186,9 @@ def ticks(low: float, high: float, upper: float | None = None) -> list[float]:
     last = max(math.ceil(high / step - 1e-9), first + 1)
     marks = [round(index * step, 10) for index in range(first, last + 1)]
     if upper is not None:
-        marks = [mark for mark in marks if mark <= upper]
-        if marks[-1] < high or len(marks) < 2:
-            marks.append(upper)
+        marks = [mark for mark in marks if mark < upper] + [upper] * (marks[-1] >= upper)
+        if len(marks) < 2:
+            marks.insert(0, round(upper - step, 10))
     return marks
 
 
