@@ -20,7 +20,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 CONSTRAINTS := deploy/constraints.txt
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -31,8 +31,10 @@ help: ## this list
 	  printf '%-12s %s\n' "$$name" "$$text"; done
 
 setup: $(VENV)/.setup ## install fedward with pinned dependencies into VENV
+	@:
 
 setup-dev: $(VENV)/.setup-dev ## the same, and what the tests need
+	@:
 
 demo: setup ## three sites over mutual TLS, five rounds, report.html
 	@$(BIN)/fedward demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)")

@@ -21,6 +21,7 @@ from fedward_client.site_data import SiteData
 from fedward_common.envelope import job_seed
 from fedward_common.errors import (
     CohortError,
+    EvaluationError,
     FederationError,
     OutboundError,
     PayloadError,
@@ -170,6 +171,7 @@ _CODES: dict[type[FederationError], RefusalCode] = {
     PlanError: RefusalCode.PLAN_UNSUPPORTED,
     PayloadError: RefusalCode.PAYLOAD_MALFORMED,
     OutboundError: RefusalCode.OUTBOUND_BLOCKED,
+    EvaluationError: RefusalCode.TRAINING_DIVERGED,
 }
 
 

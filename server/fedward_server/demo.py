@@ -13,14 +13,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedward_common.errors import ConnectionLostError, RunFailedError, UsageError
 from fedward_server.console import say
+
+if TYPE_CHECKING:
+    from fedward_common.evaluation.report import RunReport
 
 _START_S = 60.0
 _STOP_S = 20.0
@@ -113,11 +117,13 @@ class _Place:
             server_port=self.port,
             control_port=self.control_port,
         )
-        self._each_site("join", self._join_arguments)
+        self._each_site(self._join_arguments)
 
     def start(self, processes: ExitStack) -> None:
         """Start the server and the daemons; they end with `processes`."""
-        self._spawn(processes, "server", *_SERVER, "serve", str(self.out / "federation"), "--host", "127.0.0.1")
+        self._spawn(
+            processes, "server", *_SERVER, "serve", str(self.out / "federation"), "--host", "127.0.0.1"
+        )
         for name in self.names:
             self._spawn(processes, name, *_SITE, "run", "--warm", "--home", str(self._home(name)))
         self._await_sites()
@@ -126,12 +132,13 @@ class _Place:
         """Sign the demo's plan as the coordinator; approve it as each site's operator."""
         plan, signed = self.out / "plan.toml", self.out / "plan.signed"
         text = files("fedward_server").joinpath("demo_plan.toml").read_text(encoding="utf-8")
-        plan.write_text(text.replace("rounds = 5", f"rounds = {rounds}", 1).replace("quorum = 2", f"quorum = {min(2, len(self.names))}", 1))
+        text = text.replace("rounds = 5", f"rounds = {rounds}", 1)
+        plan.write_text(text.replace("quorum = 2", f"quorum = {min(2, len(self.names))}", 1))
         _call(*_SERVER, "plan", "sign", str(plan), "--identity", str(self._coordinator), "--out", str(signed))
-        self._each_site("approve", lambda name: ("plan", "approve", str(signed), "--yes"))
+        self._each_site(lambda _: ("plan", "approve", str(signed), "--yes"))
         return signed
 
-    def run(self, signed: Path, *, json_lines: bool):  # type: ignore[no-untyped-def]
+    def run(self, signed: Path, *, json_lines: bool) -> RunReport:
         """Launch the plan, show it, fetch its report and write it."""
         from fedward_common.evaluation.report import RunReport, render_html
         from fedward_common.identity import load_identity
@@ -149,7 +156,7 @@ class _Place:
         (self.out / "report.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")
         return report
 
-    def show(self, report) -> None:  # type: ignore[no-untyped-def]
+    def show(self, report: RunReport) -> None:
         """Print the result as a table, and where everything is."""
         from fedward_common.evaluation.report import render_terminal_table
         from fedward_server.console import table
@@ -174,11 +181,12 @@ class _Place:
             *("--threads", "1"),
         )
 
-    def _each_site(self, what: str, arguments) -> None:  # type: ignore[no-untyped-def]
+    def _each_site(self, arguments: Callable[[str], Sequence[str]]) -> None:
+        """Run one command of a site's operator at every site, some at a time."""
+
         def one(name: str) -> None:
             _call(*_SITE, *arguments(name), "--home", str(self._home(name)))
 
-        del what
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(one, self.names))
 

@@ -36,7 +36,9 @@ def result_document(outcome: RunOutcome) -> dict[str, JsonValue]:
     }
 
 
-def write_report(store: RunStore, run_id: str, out: Path, *, data_note: str, federation: str = "") -> RunReport:
+def write_report(
+    store: RunStore, run_id: str, out: Path, *, data_note: str, federation: str = ""
+) -> RunReport:
     """Build a run's report and write `report.html` and `report.json` into `out`."""
     from fedward_common.evaluation.report import render_html
 

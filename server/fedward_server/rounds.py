@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from fedward_common.aggregation import RunningSum
 from numpy.typing import NDArray
 
 from fedward_common import weights
+from fedward_common.aggregation import RunningSum
 from fedward_common.envelope import SplitName
 from fedward_common.errors import RefusalCode, RunFailedError
-from fedward_common.evaluation.state import MetricSummary, empty_state, merge, summarise
+from fedward_common.evaluation.state import MetricSummary, State, empty_state, merge, summarise
 from fedward_common.plan import SignedPlan, TrainingPlan
 from fedward_common.registry import STRATEGIES
 from fedward_common.weights import Weights
@@ -200,9 +200,13 @@ class RoundLoop:
             sites[answer.site] = None
             if answer.state is not None:
                 states.append(answer.state)
-                sites[answer.site] = summarise(answer.state, self._plan)
-        total = summarise(merge([empty_state(self._plan), *states]), self._plan) if states else None
+                sites[answer.site] = self._summary(answer.state, question)
+        total = self._summary(merge([empty_state(self._plan), *states]), question) if states else None
         return Measurement(total, dict(sorted(sites.items())))
+
+    def _summary(self, state: State, question: Question) -> MetricSummary:
+        """Figures of a state; only the final test's keep the points of the ROC curve."""
+        return summarise(state, self._plan, num_roc_points=101 if question.split == "test" else 0)
 
     def _finish(self, model: GlobalModel, initial: Weights, selected: int) -> RunOutcome:
         chosen = model if selected == model.round_index else self._recorder.model_of(selected)

@@ -29,8 +29,8 @@ def serve(directory: Path, *, host: str, port: int, control_port: int, ready: Ca
         ready: told once, with a line for people, when everything listens.
     """
     from fedward_server.control import ControlServer
-    from fedward_server.reporting import build_report
     from fedward_server.link import Link
+    from fedward_server.reporting import build_report
     from fedward_server.supervisor import RunSupervisor
 
     logs.configure()
@@ -62,7 +62,7 @@ def serve(directory: Path, *, host: str, port: int, control_port: int, ready: Ca
 
 
 class _Roster:
-    """The sites of `federation.json`, read again whenever the file changes: who is added or removed counts."""
+    """The sites of `federation.json`, read again when the file changes: who is added or removed counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

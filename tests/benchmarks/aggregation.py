@@ -23,7 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from fedward_common.weights import Layout, TensorSpec, Weights, unpack
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
+
+from fedward_common.weights import Layout, TensorSpec, Weights, unpack  # noqa: E402
+from tests.benchmarks.surroundings import machine, versions  # noqa: E402
 
 LAYER_MB = 4
 METHODS = ("fedward_2_threads", "fedward_1_thread", "torch_2_threads", "torch_1_thread", "flower")
@@ -40,12 +44,15 @@ def a_layout(megabytes: int) -> Layout:
 def arriving(layout: Layout, num_updates: int) -> Iterator[tuple[Weights, int]]:
     """Each update freshly in memory, as its bytes would be after they were received."""
     rng = np.random.default_rng(0)
-    size = sum(spec.size for spec in layout)
-    delta = rng.standard_normal(size, dtype=np.float32) * np.float32(1e-2)
+    layer = rng.standard_normal(layout[0].size, dtype=np.float32) * np.float32(1e-2)
     for index in range(num_updates):
-        payload = bytearray(4 * size)
-        np.multiply(delta, np.float32(1 + index / 8), out=np.frombuffer(payload, dtype=np.float32))
-        yield unpack(payload, layout), 1000 + index
+        payload = np.empty((len(layout), layer.size), dtype=np.float32)
+        for number, row in enumerate(payload):
+            np.multiply(layer, np.float32(1 + index / 8 + number / 64), out=row)
+        update = unpack(payload.data.cast("B"), layout)
+        del payload, row
+        yield update, 1000 + index
+        del update
 
 
 def fedward(layout: Layout, num_updates: int, threads: int) -> dict[str, float]:
@@ -58,6 +65,7 @@ def fedward(layout: Layout, num_updates: int, threads: int) -> dict[str, float]:
         start = time.perf_counter()
         total.add(delta, num_cases)
         adding += time.perf_counter() - start
+        del delta  # or it would live on while the next one is made
     start = time.perf_counter()
     mean = total.mean()
     return {"add_s": adding, "finish_s": time.perf_counter() - start, "check": float(mean["layer0"][0])}
@@ -76,6 +84,7 @@ def torch_add(layout: Layout, num_updates: int, threads: int) -> dict[str, float
         for name, array in delta.items():
             total[name].add_(torch.from_numpy(array), alpha=cases / num_cases)
         adding += time.perf_counter() - start
+        del delta, array
     return {"add_s": adding, "finish_s": 0.0, "check": float(total["layer0"][0])}
 
 
@@ -120,8 +129,6 @@ def child(method: str, num_updates: int, megabytes: int, laps: int) -> dict[str,
     """Laps of one method in this process, and the memory it needed beyond an idle one."""
     layout, lap = a_layout(megabytes), lap_of(method)
     lap(layout[:1], 1)  # imports and thread pools
-    for delta, _ in arriving(layout, 2):
-        del delta  # the allocator's and the generator's own memory
     idle = memory_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     timings = [lap(layout, num_updates) for _ in range(laps)]
@@ -198,8 +205,6 @@ def main() -> None:
     if options.child:
         print(json.dumps(child(options.child, options.updates, options.mb, options.laps)))
         return
-    from surroundings import machine, versions
-
     job = {"updates": options.updates, "mb_each": options.mb, "laps": options.laps * options.turns}
     print(
         json.dumps(

@@ -59,8 +59,8 @@ class Deployment:
     def start_server(self) -> None:
         self._spawn("server", *SERVER, "serve", str(self.federation), "--host", "127.0.0.1")
 
-    def start_site(self, name: str) -> None:
-        self._spawn(name, *SITE, "run", "--home", str(self.home(name)))
+    def start_site(self, name: str, *options: str) -> None:
+        self._spawn(name, *SITE, "run", "--home", str(self.home(name)), *options)
 
     def await_sites(self, *names: str) -> None:
         """Until exactly these sites are connected."""
@@ -73,7 +73,7 @@ class Deployment:
         wait_for(connected, f"sites {names} to be connected")
 
     def kill(self, name: str) -> None:
-        """kill -9."""
+        """Kill -9."""
         process = self.processes.pop(name)
         process.kill()
         process.wait()
@@ -159,7 +159,7 @@ def a_deployment(root: Path, *, cases_per_site: int = 60, size: int = 28) -> Ite
                 place.stop(name)
 
 
-def a_plan_file(path: Path, **tables: dict[str, Any]) -> Path:
+def a_plan_file(path: Path, **tables: Any) -> Path:
     """Write a small plan; keyword tables are merged over the defaults."""
     document: dict[str, Any] = {
         "name": "small",

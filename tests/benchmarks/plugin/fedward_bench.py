@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fedward_common.models import ModelKind
 from fedward_common.plan import TrainingPlan
 
 sys.path.insert(0, os.environ["FEDWARD_BENCH"])
-import job
+job: Any = import_module("job")
 
 
 class _NoOptions(BaseModel, frozen=True, extra="forbid"):
@@ -30,7 +31,8 @@ class _NoOptions(BaseModel, frozen=True, extra="forbid"):
 
 def _net(options: BaseModel, *, input_shape: tuple[int, ...], num_outputs: int) -> torch.nn.Module:
     del options, input_shape, num_outputs
-    return job.net()
+    network: torch.nn.Module = job.net()
+    return network
 
 
 MODEL = ModelKind(name="common_job", options=_NoOptions, build=_net)
