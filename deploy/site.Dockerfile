@@ -53,6 +53,7 @@ RUN apt-get update \
 COPY --from=build /opt/fedward /opt/fedward
 ENV PATH=/opt/fedward/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \
+    FEDWARD_SITE_HOME=/var/lib/fedward-site \
     FLWR_HOME=/tmp/flwr \
     FLWR_TELEMETRY_ENABLED=0 \
     FLWR_DISABLE_UPDATE_CHECK=1 \

@@ -132,9 +132,8 @@ def report(
         from fedward_common.evaluation.report import render_terminal_table
 
         rows = render_terminal_table(parsed)
-        say(
-            f"{parsed.name}, run {run_id}: {parsed.verdict}" + (f", {parsed.reason}" if parsed.reason else "")
-        )
+        reason = f", {plain(parsed.reason)}" if parsed.reason else ""
+        say(f"{parsed.name}, run {run_id}: {parsed.verdict}{reason}")
         table(rows[0], rows[1:])
         if out is not None:
             say(f"Report: {out}")

@@ -39,7 +39,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(_plain(value)) for value in row))
+        drawn.add_row(*(Text(plain(value)) for value in row))
     Console(highlight=False).print(drawn)
 
 
@@ -58,8 +58,8 @@ def complain(error: FederationError, *, as_json: bool) -> int:
     from rich.text import Text
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text.assemble(("error: ", "bold red"), _plain(error.message)))
-    console.print(Text.assemble(("remedy: ", "bold"), _plain(error.remedy)))
+    console.print(Text.assemble(("error: ", "bold red"), plain(error.message)))
+    console.print(Text.assemble(("remedy: ", "bold"), plain(error.remedy)))
     return error.exit_code
 
 
@@ -106,5 +106,10 @@ def confirm(question: str, *, yes: bool, as_json: bool) -> None:
     typer.confirm(question, abort=True, err=True)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Text without control characters, which could rewrite a terminal.
+
+    >>> plain("a\\x1b[2Jb\\n")
+    'a [2Jb '
+    """
     return "".join(character if character.isprintable() else " " for character in text)

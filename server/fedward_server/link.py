@@ -22,7 +22,7 @@ import ssl
 import sys
 import threading
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,21 +44,26 @@ from flwr.supercore.constant import (
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fedward_common.errors import ConnectionLostError, FederationError
 from fedward_common.identity import Identity, node_public_key_pem, peer_of
+from fedward_server.listeners import (
+    PEER,
+    App,
+    Listener,
+    LongPoll,
+    News,
+    OnlyPaths,
+    PeerProtocol,
+    Receive,
+    Scope,
+    Send,
+    answer,
+    header,
+)
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-HOLD_S = 2.0  # how long an empty pull is held; also how long a stopping site may still wait
-MAX_BODY = 64 * 2**20  # Flower sends tensors in pieces of 5 MiB; messages list at most some thousand
-_PEER = "fedward_peer"
 _CONCURRENCY = 512
-_log = logging.getLogger("fedward.link")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,16 +96,16 @@ class Link:
         app = create_app(_superlink_config(), superlink.SuperLinkLifespan)
         self._state = app.state.linkstate_factory.state()
         self._tasks: dict[int, int] = {}
-        instructions, replies = _News(), _News()
+        instructions, replies = News(), News()
         register = _Registrar(self._state, trusted_sites)
         sites = uvicorn.Config(
-            _OnlyPaths("/v1/fleet/", register.guard(_LongPoll(app, awaits=instructions, tells=replies))),
+            OnlyPaths("/v1/fleet/", register.guard(LongPoll(app, awaits=instructions, tells=replies))),
             host=host,
             port=port,
             lifespan="off",
             log_config=None,
             access_log=False,
-            http=_PeerProtocol,
+            http=PeerProtocol,
             ws="none",
             server_header=False,
             limit_concurrency=_CONCURRENCY,
@@ -111,7 +116,7 @@ class Link:
             timeout_graceful_shutdown=1,
         )
         local = uvicorn.Config(
-            _OnlyPaths("/v1/runtime/", _LongPoll(app, awaits=replies, tells=instructions)),
+            OnlyPaths("/v1/runtime/", LongPoll(app, awaits=replies, tells=instructions)),
             host="127.0.0.1",
             port=0,
             log_config=None,
@@ -119,7 +124,7 @@ class Link:
             ws="none",
             timeout_graceful_shutdown=1,
         )
-        self._sites, self._local = _Listener(sites), _Listener(local)
+        self._sites, self._local = Listener(sites), Listener(local)
         self._thread = threading.Thread(target=self._serve, daemon=True, name="link")
         self._failure: BaseException | None = None
 
@@ -189,33 +194,6 @@ class Link:
             self._failure = error
 
 
-class _Listener(uvicorn.Server):
-    """A uvicorn server that leaves signals to the process and says when it listens."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.ready = threading.Event()
-        self.port = 0
-
-    def install_signal_handlers(self) -> None:
-        """Signals belong to `serve`."""
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self.port = self.servers[0].sockets[0].getsockname()[1]
-            self.ready.set()
-
-
-class _PeerProtocol(HttpToolsProtocol):
-    """Hands the client's certificate to the application, which uvicorn does not."""
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        tls = self.transport.get_extra_info("ssl_object")
-        self.scope[_PEER] = None if tls is None else tls.getpeercert(binary_form=True)  # type: ignore[literal-required]
-
-
 class _Registrar:
     """Lets a site in when certificate, role, roster and Flower node key agree, and introduces it.
 
@@ -237,7 +215,7 @@ class _Registrar:
             refusal = self._refusal(scope)
             if refusal is not None:
                 _log.warning("site_refused", extra={"reason": refusal})
-                await _answer(send, 403)
+                await answer(send, 403)
                 return
             if scope["path"] == "/v1/fleet/activate-node":
                 self._introduce(scope)
@@ -246,7 +224,7 @@ class _Registrar:
         return guarded
 
     def _refusal(self, scope: Scope) -> str | None:
-        certificate = scope.get(_PEER)
+        certificate = scope.get(PEER)
         if certificate is None:
             return "no_certificate"
         try:
@@ -257,12 +235,12 @@ class _Registrar:
             return "not_a_site"
         if self._trusted().get(peer.name) != hashlib.sha256(certificate).hexdigest():
             return "not_in_roster"
-        if _header(scope, b"flwr-public-key") != _encoded(node_public_key_pem(certificate)):
+        if header(scope, b"flwr-public-key") != _encoded(node_public_key_pem(certificate)):
             return "foreign_node_key"
         return None
 
     def _introduce(self, scope: Scope) -> None:
-        certificate = scope[_PEER]
+        certificate = scope[PEER]
         public_key = node_public_key_pem(certificate)
         node_id = self._state.get_node_id_by_public_key(public_key)
         if node_id is None:
@@ -275,127 +253,6 @@ class _Registrar:
                 answered = message.metadata.message_id in self._state.message_ins_id_to_message_res_id
                 if message.metadata.dst_node_id == node_id and not answered:
                     message.metadata.delivered_at = ""
-
-
-class _OnlyPaths:
-    """404 for everything outside one prefix, without asking the application behind it."""
-
-    def __init__(self, prefix: str, app: App) -> None:
-        self._prefix = prefix
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            path = scope["path"]
-            # Compare what the router will see: no dot segments, no doubled or encoded slashes.
-            plain = path.startswith(self._prefix) and "//" not in path and ".." not in path
-            if plain and scope["method"] == "POST":
-                await self._app(scope, receive, send)
-            else:
-                await _answer(send, 404)
-
-
-class _News:
-    """Wakes held pulls when something was pushed."""
-
-    def __init__(self) -> None:
-        self._event: asyncio.Event | None = None
-
-    async def wait(self, seconds: float) -> None:
-        """Until the next `tell`, or `seconds`."""
-        if self._event is None:
-            self._event = asyncio.Event()
-        try:
-            await asyncio.wait_for(asyncio.shield(self._event.wait()), seconds)
-        except TimeoutError:
-            return
-
-    def tell(self) -> None:
-        """Wake everyone who waits now."""
-        event, self._event = self._event, None
-        if event is not None:
-            event.set()
-
-
-class _LongPoll:
-    """Repeats an empty `pull-messages` until there is a message, or `HOLD_S` has passed."""
-
-    def __init__(self, app: App, *, awaits: _News, tells: _News) -> None:
-        self._app = app
-        self._awaits = awaits
-        self._tells = tells
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif scope["path"].endswith("/pull-messages"):
-            await self._held(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-            if scope["path"].endswith("/push-messages"):
-                self._tells.tell()
-
-    async def _held(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _read_body(receive)
-        if body is None:
-            await _answer(send, 413)
-            return
-        until = asyncio.get_running_loop().time() + HOLD_S
-        while True:
-            pause = self._awaits.wait(max(0.0, until - asyncio.get_running_loop().time()))
-            waiting = asyncio.ensure_future(pause)  # from before the look, so that nothing is missed
-            reply = await _ask(self._app, dict(scope), body)
-            empty = reply[0]["status"] == 200 and not any(part.get("body") for part in reply[1:])
-            if not empty or asyncio.get_running_loop().time() >= until:
-                waiting.cancel()
-                for part in reply:
-                    await send(part)
-                return
-            await waiting
-
-
-async def _ask(app: App, scope: Scope, body: bytes) -> list[MutableMapping[str, Any]]:
-    """Call an ASGI application with a body already read; return the messages it sends."""
-    parts: list[MutableMapping[str, Any]] = []
-    asked = False
-
-    async def receive() -> MutableMapping[str, Any]:
-        nonlocal asked
-        if asked:
-            return {"type": "http.disconnect"}
-        asked = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(part: MutableMapping[str, Any]) -> None:
-        parts.append(part)
-
-    scope["state"] = dict(scope.get("state", {}))
-    await app(scope, receive, send)
-    return parts
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """The request's body, or None when it is larger than any pull can be."""
-    body = bytearray()
-    while True:
-        part = await receive()
-        body += part.get("body", b"")
-        if len(body) > MAX_BODY:
-            return None
-        if not part.get("more_body"):
-            return bytes(body)
-
-
-async def _answer(send: Send, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
-    await send({"type": "http.response.body", "body": b""})
-
-
-def _header(scope: Scope, name: bytes) -> bytes | None:
-    values = [value for key, value in scope["headers"] if key == name]
-    return values[0] if len(values) == 1 else None
 
 
 def _encoded(public_key: bytes) -> bytes:

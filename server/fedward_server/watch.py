@@ -1,7 +1,7 @@
 """Show a run while it goes: a live table on a terminal, a line an event elsewhere, or JSON lines.
 
 `run watch`, `simulate` and `demo` all show their events through here. Names and reasons come from other
-machines, so they are printed as plain text, never as markup, and control characters are left out.
+machines, so they are printed as plain text, never as markup, and control characters become blanks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fedward_common.errors import RefusalCode
 from fedward_common.plan import TrainingPlan
+from fedward_server.console import plain
 from fedward_server.progress import Progress, RoundProgress, SiteProgress, apply
 from fedward_server.run_records import Event, RunStatus
 
@@ -117,10 +118,10 @@ def _headline(name: str, progress: Progress, now: datetime) -> Text:
 
 def _sites_table(progress: Progress) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title, side in (("site", "left"), ("state", "left"), ("cases", "right"), ("loss", "right")):
-        table.add_column(title, justify="left" if side == "left" else "right")
-    table.add_column("AUROC", justify="right")
-    table.add_column("seconds", justify="right")
+    for title in ("site", "state"):
+        table.add_column(title)
+    for title in ("cases", "loss", "AUROC", "seconds"):
+        table.add_column(title, justify="right")
     for name, site in sorted(progress.sites.items()):
         table.add_row(
             Text(plain(name)),
@@ -242,12 +243,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def plain(text: str) -> str:
-    """Text without control characters, which could rewrite a terminal.
-
-    >>> plain("a\\x1b[2Jb\\n")
-    'a[2Jb'
-    """
-    return "".join(character for character in text if character.isprintable())

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -21,7 +20,7 @@ from fedward_common.identity import load_identity, server_context
 from fedward_server import health as server_health
 from fedward_server.provisioning import provision
 
-NOW = 1_800_000_000.0
+NOW = datetime(2027, 1, 15, 8, tzinfo=UTC)
 
 
 def make_federation(folder: Path, now: datetime | None = None) -> Path:
@@ -168,7 +167,7 @@ def test_site_is_well_after_its_daemon_recorded_itself(tmp_path: Path) -> None:
 def test_site_is_unwell_when_last_heard_of_more_than_a_minute_from_now(
     age_s: float, well: bool, tmp_path: Path
 ) -> None:
-    site_health.record(tmp_path, now=NOW - age_s)
+    site_health.record(tmp_path, now=NOW - timedelta(seconds=age_s))
     assert (site_health.fault(tmp_path, now=NOW) == "") is well
 
 
@@ -192,15 +191,16 @@ def test_site_is_unwell_before_its_daemon_started(tmp_path: Path) -> None:
         '{"pid": 1}',
         '{"pid": "x", "at": 1}',
         '{"pid": 1, "at": null}',
-        '{"pid": -1, "at": NOW}',
-        '{"pid": 0, "at": NOW}',
-        '{"pid": 1, "at": NaN}',
-        '{"pid": 1e400, "at": NOW}',
-        '{"pid": 99999999999999, "at": NOW}',
+        '{"pid": 1, "at": "yesterday"}',
+        '{"pid": 1, "at": "2027-01-15T08:00:00"}',
+        '{"pid": -1, "at": "NOW"}',
+        '{"pid": 0, "at": "NOW"}',
+        '{"pid": 1e400, "at": "NOW"}',
+        '{"pid": 99999999999999, "at": "NOW"}',
     ],
 )
 def test_site_is_unwell_when_the_file_is_damaged(content: str, tmp_path: Path) -> None:
-    (tmp_path / "health.json").write_text(content.replace("NOW", str(NOW)))
+    (tmp_path / "health.json").write_text(content.replace("NOW", NOW.isoformat()))
     assert site_health.fault(tmp_path, now=NOW) != ""
 
 
@@ -213,7 +213,7 @@ def test_site_check_as_a_command_exits_with_0_or_1_and_says_why(tmp_path: Path) 
     command = [sys.executable, "-m", "fedward_client.health", "--home", str(tmp_path)]
     site_health.record(tmp_path)
     well = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    site_health.record(tmp_path, now=time.time() - 3600)
+    site_health.record(tmp_path, now=datetime.now(UTC) - timedelta(hours=1))
     stale = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (well.returncode, well.stdout, well.stderr) == (0, "", "")
     assert (stale.returncode, stale.stderr) == (1, "")

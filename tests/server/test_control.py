@@ -28,7 +28,7 @@ from fedward_common.identity import Identity, load_identity
 from fedward_server import control, control_pb2, control_pb2_grpc
 from fedward_server.config import ServerHome
 from fedward_server.control import ControlServer
-from fedward_server.control_access import ALLOWED
+from fedward_server.control_access import ALLOWED, authorise, peer_of_pem
 from fedward_server.control_client import ControlClient
 from fedward_server.run_records import Event
 from fedward_server.supervisor import RunSupervisor
@@ -128,6 +128,19 @@ def test_every_method_has_a_rule_and_no_rule_lacks_its_method() -> None:
 
     assert set(ALLOWED) == methods
     assert set(requests()) == {name.rpartition("/")[2] for name in methods if "Control" in name}
+
+
+@pytest.mark.parametrize("shown", [None, [], [b"no certificate"], [b"one", b"two"], [b"\xff"]])
+def test_peer_without_one_readable_certificate_is_nobody(shown: list[bytes] | None) -> None:
+    with pytest.raises(IdentityError):
+        peer_of_pem(shown)
+
+
+def test_method_without_a_rule_is_refused_to_everybody(tmp_path: Path) -> None:
+    anna = load_identity(a_federation(tmp_path / "federation") / "coordinators" / "anna")
+
+    with pytest.raises(IdentityError, match="may not call Erase"):
+        authorise("/fedward.control.v1.Control/Erase", anna.peer, anna.federation)
 
 
 def test_caller_without_a_certificate_gets_no_connection(place: Place) -> None:
