@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedward_common.errors import ConnectionLostError, PayloadError, RunFailedError
-from fedward_server.console import confirm, emit, read_file, say, table, write_file
+from fedward_server.console import confirm, emit, plain, read_file, say, table, write_file
 
 if TYPE_CHECKING:
     from fedward_common.evaluation.report import RunReport

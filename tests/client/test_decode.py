@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import struct
+import traceback
 import tracemalloc
 from typing import Any
 
@@ -396,6 +397,16 @@ def test_damaged_bytes_never_escape_as_another_error(seed: int) -> None:
             error = raised
         assert "CNRY" not in f"{error} {error and error.remedy}"
         assert error is None or error.__cause__ is None
+
+
+def test_a_traceback_of_a_refusal_quotes_nothing() -> None:
+    damaged = encode(a_dataset(RAMP8, NumberOfFrames="12345678")).replace(b"12345678", b"CNRYNAME")
+
+    for read in (read_header, decode_image):
+        with pytest.raises(UnusableImageError) as caught:
+            read(damaged)
+        assert caught.value.reason in (Reason.MALFORMED, Reason.DECODE_FAILED)
+        assert "CNRY" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_parser_messages_reach_no_log_no_stream_and_no_warning(

@@ -206,6 +206,9 @@ def test_phantoms_look_alike_in_both_conventions_and_the_lesion_can_be_found(tmp
     asymmetry: dict[int, list[float]] = defaultdict(list)
     for path in (tmp_path / "north" / "dicom").iterdir():
         dataset, image = dcmread(path), decode_image(path.read_bytes())
+        inverse = dataset.PhotometricInterpretation == "MONOCHROME1"
+        dense = 4095.0 - dataset.pixel_array if inverse else dataset.pixel_array.astype(float)
+        np.testing.assert_allclose(image, np.clip((dense - 1799.5) / 2999 + 0.5, 0, 1), atol=1e-6)
         darkness[dataset.PhotometricInterpretation].append(float(image[:3, :3].mean()))
         left, right = image[5:17, 6:13], image[5:17, 19:26][:, ::-1]
         blurred = (left - right).reshape(3, 4, 7).mean(axis=1)

@@ -225,6 +225,8 @@ def test_run_that_fails_ends_the_command_with_8_and_a_remedy(
     error = capsys.readouterr().err
     assert "failed after round 1 of 2" in error
     assert "fedward run resume pneumonia-" in error
+    assert main(["run", "report", place.supervisor.store.runs()[0].run_id]) == 0
+    assert "failed, the run's process ended with exit code 3" in capsys.readouterr().out
 
 
 def test_runs_are_listed_stopped_and_resumed(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
