@@ -47,7 +47,7 @@ RUN apt-get update \
     && groupadd --gid 10001 fedward \
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /tmp \
        --shell /usr/sbin/nologin fedward \
-    && install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/fedward-site
+    && install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/fedward-site /var/lib/fedward-site/identity
 # Owned by root: the site cannot change its own code. pip has compiled it, so PYTHONDONTWRITEBYTECODE
 # costs no start-up time.
 COPY --from=build /opt/fedward /opt/fedward

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,14 @@ def a_plan(**changes: Any) -> TrainingPlan:
         "training": {"learning_rate": 0.01},
     }
     return parse_plan(document | changes)
+
+
+@contextmanager
+def a_disk_of(num_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond this while in the context: writes fail, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -5,6 +5,7 @@ Heavy imports are inside the commands: the help appears at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -234,8 +235,10 @@ def outbound_show(
     as_json: AsJson = False,
 ) -> None:
     """Show what left this site, message by message, from the audit log."""
+    from fedward_client.config import load_config
     from fedward_client.outbound_log import explain, sent_messages
 
+    load_config(_place(home))  # in a folder that is no site's home nothing left, and that says nothing
     messages = sent_messages(_place(home).audit, run_id=run_id, round_index=round_index)
 
     def show() -> None:
@@ -295,7 +298,8 @@ class _Progress:
 def main() -> None:
     """Run the command line; every error ends with its remedy and its exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # a command's own exit code is returned, not raised
+        sys.stdout.flush()
     except FederationError as error:
         sys.exit(complain(error, as_json="--json" in sys.argv))
     except typer.Abort:
@@ -303,6 +307,10 @@ def main() -> None:
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # the reader of our output has gone, for example `head`; keep Python from failing at exit too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if error.__class__.__module__.startswith("click"):
             show = getattr(error, "show", None)
@@ -310,6 +318,7 @@ def main() -> None:
                 show()
             sys.exit(getattr(error, "exit_code", 2))
         raise
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def emit(document: Any, *, as_json: bool, show: Callable[[], None]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; markup in values is shown, not obeyed."""
+    """Print a table; neither markup nor a terminal's control characters in values are obeyed."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -28,7 +28,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     for column in columns:
         drawn.add_column(column)
     for row in rows:
-        drawn.add_row(*(Text(value) for value in row))
+        drawn.add_row(*(Text(plain(value)) for value in row))
     Console().print(drawn)
 
 
@@ -38,11 +38,20 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
+def plain(text: str) -> str:
+    """Text without control characters, which could rewrite a terminal.
+
+    >>> plain("a\\x1b[2Jb")
+    'a [2Jb'
+    """
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 def complain(error: FederationError, *, as_json: bool) -> int:
     """Print an error and its remedy to standard error; returns the exit code."""
     if as_json:
         document = {"error": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
         sys.stderr.write(json.dumps(document) + "\n")
     else:
-        sys.stderr.write(f"error: {error.message}\nremedy: {error.remedy}\n")
+        sys.stderr.write(f"error: {plain(error.message)}\nremedy: {plain(error.remedy)}\n")
     return error.exit_code

@@ -12,8 +12,8 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +26,7 @@ from fedward_client.site_data import SiteData
 from fedward_client.worker_process import WorkerProcess
 from fedward_common import logs
 from fedward_common.audit import AuditLog
+from fedward_common.errors import IdentityError
 from fedward_common.files import write_atomically
 from fedward_common.identity import client_context, load_identity, sign
 
@@ -56,6 +57,11 @@ def run_site(home: SiteHome, *, warm: bool, ready: Callable[[str], None]) -> Non
     """
     config = load_config(home)
     identity = load_identity(home.identity)
+    if (identity.peer.role, identity.peer.name) != ("site", config.name):
+        raise IdentityError(
+            f"certificate is for {identity.peer.role} {identity.peer.name}, site.toml says site {config.name}",
+            remedy="Correct `name` in site.toml; find out what else is wrong with: fedward-site doctor",
+        )
     policy = load_policy(home.policy)
     audit = AuditLog(home.audit)
     logs.configure(home.root / LOG_FILE, site=config.name)
@@ -101,9 +107,9 @@ def _keep(home: SiteHome, session: SiteSession, ended: threading.Event) -> None:
     """Say now and then that the daemon lives, and end a worker nobody needs."""
     while True:
         document = {"pid": os.getpid(), "at": datetime.now(UTC).isoformat()}
-        write_atomically(home.root / HEALTH_FILE, json.dumps(document).encode())
-        if session.idle_s(time.monotonic()) > _IDLE_WORKER_S:
-            session.close()
+        with suppress(OSError):  # a full disk; the file that grows old tells whoever looks
+            write_atomically(home.root / HEALTH_FILE, json.dumps(document).encode())
+        session.rest(_IDLE_WORKER_S)
         if ended.wait(_HEALTH_S):
             return
 

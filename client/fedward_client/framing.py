@@ -25,7 +25,7 @@ def send_frame(channel: socket.socket, header: dict[str, Any], payload: bytes | 
 
 
 def receive_frame(channel: socket.socket) -> tuple[dict[str, Any], bytearray]:
-    """Read one frame.
+    """Read one frame; after a malformed one the stream is of no more use.
 
     Raises:
         EOFError: the stream has ended.
@@ -34,7 +34,10 @@ def receive_frame(channel: socket.socket) -> tuple[dict[str, Any], bytearray]:
     header_size, payload_size = _LENGTHS.unpack(_read(channel, _LENGTHS.size))
     if header_size > _MAX_HEADER or payload_size > _MAX_PAYLOAD:
         raise ValueError("frame is larger than any message can be")
-    header = json.loads(bytes(_read(channel, header_size)))
+    try:
+        header = json.loads(bytes(_read(channel, header_size)))
+    except RecursionError as error:
+        raise ValueError("frame header is nested too deep") from error
     if not isinstance(header, dict):
         raise TypeError("frame header is not an object")
     return header, _read(channel, payload_size)

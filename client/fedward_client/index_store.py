@@ -136,16 +136,21 @@ class CaseIndex:
         self._database.close()
 
     def forget_if_outdated(self, decoders: str) -> None:
-        """Drop all when the rules changed, and the quarantine when decoders were installed or updated."""
+        """Drop all when the schema changed, and the quarantine when decoders were installed or updated.
+
+        Raise `SCHEMA_VERSION` when columns change, or when a rule refuses what it used to accept.
+        """
         settings = dict(self._rows("SELECT name, value FROM settings"))
         if settings == {"schema": SCHEMA_VERSION, "decoders": decoders}:
             return
-        stale = "reason IS NOT NULL" if settings.get("schema") == SCHEMA_VERSION else "TRUE"
+        with _translated():
+            if settings.get("schema") != SCHEMA_VERSION:
+                self._database.executescript("DROP TABLE files; DROP TABLE contents;" + _SCHEMA)
         with self._transaction():
             self._database.execute(
-                f"DELETE FROM files WHERE content IN (SELECT content FROM contents WHERE {stale})"  # noqa: S608
+                "DELETE FROM files WHERE content IN (SELECT content FROM contents WHERE reason NOT NULL)"
             )
-            self._database.execute(f"DELETE FROM contents WHERE {stale}")  # noqa: S608
+            self._database.execute("DELETE FROM contents WHERE reason NOT NULL")
             self._database.executemany(
                 "INSERT OR REPLACE INTO settings VALUES (?, ?)",
                 [("schema", SCHEMA_VERSION), ("decoders", decoders)],

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward_common.envelope import Envelope, Instruction, Numbers, envelope_bytes, signed_bytes
+from fedward_common.envelope import (
+    Envelope,
+    Instruction,
+    Numbers,
+    envelope_bytes,
+    parse_envelope,
+    signed_bytes,
+)
 from fedward_common.errors import OutboundError, PayloadError, RefusalCode
 from fedward_common.evaluation.state import check_state, suppressed
 from fedward_common.plan import SignedPlan, TrainingPlan
@@ -47,8 +54,14 @@ class OutboundDoor:
     min_cases: int = 1
 
     def refusal(self, instruction: Instruction, code: RefusalCode) -> Up:
-        """Say no, with a number."""
-        return self._send(instruction, code, Numbers(), None)
+        """Say no, with a number that a site may say; any other, "yes" above all, becomes INTERNAL."""
+        said = code if code.said_by_site else RefusalCode.INTERNAL
+        return self._send(instruction, said, Numbers(), None)
+
+    def again(self, up: Up) -> Up:
+        """Let a message that left before leave once more, with an audit line of its own."""
+        self._record(parse_envelope(up.envelope), up.envelope, up.payload)
+        return up
 
     def counts(self, instruction: Instruction, signed: SignedPlan, counts: dict[str, int]) -> Up:
         """Say how many cases the site has for each purpose; a small count is not released.
@@ -135,7 +148,13 @@ class OutboundDoor:
             payload_digest=None if payload is None else hashlib.sha256(payload).hexdigest(),
         )
         body = envelope_bytes(envelope)
-        released = {name: value for name, value in numbers.model_dump().items() if value is not None}
+        up = Up(envelope=body, signature=self.sign(signed_bytes(body)), payload=payload)
+        self._record(envelope, body, payload)
+        return up
+
+    def _record(self, envelope: Envelope, body: bytes, payload: bytes | None) -> None:
+        """Write the audit line; a message whose line cannot be written does not leave."""
+        numbers = envelope.numbers.model_dump()
         self.record(
             "outbound",
             run_id=envelope.run_id,
@@ -147,9 +166,8 @@ class OutboundDoor:
             payload_bytes=0 if payload is None else len(payload),
             payload_digest=envelope.payload_digest or "none",
             envelope_digest=hashlib.sha256(body).hexdigest(),
-            **released,
+            **{name: value for name, value in numbers.items() if value is not None},
         )
-        return Up(envelope=body, signature=self.sign(signed_bytes(body)), payload=payload)
 
 
 def magnitude(flat: NDArray[np.float32]) -> tuple[float, float]:

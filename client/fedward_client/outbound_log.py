@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedward_common.audit import AuditEntry, AuditLog
-from fedward_common.errors import RefusalCode
+from fedward_common.errors import AuditError, RefusalCode
 
 _WHAT = {
     "prepare": "how many cases the site has for this plan",
@@ -19,10 +19,13 @@ def sent_messages(audit: Path, *, run_id: str | None, round_index: int | None) -
     """Audit entries of messages that left, oldest first, of one run or round or of all.
 
     Raises:
-        AuditError: the log is damaged; the line is named.
+        AuditError: the log is damaged (the line is named) or gone: `fedward-site join` began it.
     """
     if not audit.exists():
-        return []
+        raise AuditError(
+            f"{audit}: no such audit log, so what left is not known",
+            remedy="Find out who removed it, and tell your security officer.",
+        )
     return [
         entry
         for entry in AuditLog(audit).entries()

@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedward_client.outbound import OutboundDoor
 from fedward_client.site_data import SiteData
 from fedward_client.worker import code_of, place_of
-from fedward_client.worker_process import WorkerProcess
+from fedward_client.worker_process import WorkError
 from fedward_common import weights
 from fedward_common.envelope import Instruction, parse_instruction
 from fedward_common.errors import FederationError, PayloadError, RefusalCode
@@ -32,6 +32,28 @@ class Gate(Protocol):
 
     def admit_round(self, run_id: str, round_index: int, base_digest: str) -> None:
         """Raise an error with `code` when the round was already taken part in with another model."""
+
+
+class SiteWorker(Protocol):
+    """Opens cohorts, trains, evaluates: a process of its own at a hospital, see `worker_process`."""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id while it runs; what was opened in another process is not open."""
+
+    def start(self) -> bool:
+        """Start it unless it runs; True when nothing is open in it."""
+
+    def call(
+        self, request: dict[str, Any], payload: bytes | memoryview = b""
+    ) -> tuple[dict[str, Any], bytes | bytearray]:
+        """Do what `request` asks; raise an error with `code` when that fails."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def stop(self) -> None:
+        """Let it end."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +74,7 @@ class SiteSession:
         settings: SiteSettings,
         gate: Gate,
         door: OutboundDoor,
-        worker: WorkerProcess,
+        worker: SiteWorker,
         report: Callable[..., None],
     ) -> None:
         """Wire a session.
@@ -61,7 +83,7 @@ class SiteSession:
             settings: the site's name, folders and machine share.
             gate: plan approval and policy.
             door: the only maker of outgoing messages.
-            worker: the process that touches images; may be shared by several simulated sites.
+            worker: what touches images; may be shared by several simulated sites.
             report: writes one event to the site's own log.
         """
         self._settings = settings
@@ -73,6 +95,7 @@ class SiteSession:
         self._counts: dict[str, int] = {}
         self._last: tuple[Instruction, Up] | None = None
         self._busy = threading.Lock()
+        self._cancelled = False
         self._last_work = time.monotonic()
 
     @property
@@ -81,7 +104,11 @@ class SiteSession:
         return 2**31 - 1
 
     def handle(self, down: Down) -> Up | None:
-        """Answer one message; None when it is not even an instruction (there is nothing to refer to)."""
+        """Answer one message.
+
+        None, which says nothing at all, when it is not even an instruction (there is nothing to refer to)
+        and when the audit log cannot be written.
+        """
         try:
             instruction = parse_instruction(down.instruction)
         except PayloadError as error:
@@ -89,10 +116,11 @@ class SiteSession:
             return None
         with self._busy:
             started = time.monotonic()
+            self._cancelled = False
             try:
                 up = self._answer(instruction, down)
             except Exception as error:  # the edge of the site: a number leaves, the place is logged here
-                code = getattr(error, "code", None) or code_of(error)
+                code = code_of(error, otherwise=RefusalCode.INTERNAL)
                 self._report(
                     "instruction_refused",
                     run_id=instruction.run_id,
@@ -101,7 +129,7 @@ class SiteSession:
                     code=int(code),
                     where=getattr(error, "where", None) or place_of(error),
                 )
-                return self._door.refusal(instruction, code)
+                return self._refused(instruction, code)
             finally:
                 self._last_work = time.monotonic()
             self._report(
@@ -113,12 +141,19 @@ class SiteSession:
             )
             return up
 
-    def idle_s(self, now: float) -> float:
-        """Seconds without work, 0 while there is some; `now` is of the monotonic clock."""
-        return 0.0 if self._busy.locked() else now - self._last_work
+    def rest(self, idle_s: float) -> None:
+        """End the worker, and forget the last answer, after so many seconds without work."""
+        if self._busy.acquire(blocking=False):
+            try:
+                if time.monotonic() - self._last_work >= idle_s:
+                    self._worker.stop()
+                    self._last = None
+            finally:
+                self._busy.release()
 
     def cancel(self) -> None:
-        """Stop whatever the worker is doing, now."""
+        """Stop whatever the worker is doing, now, and what this instruction would still have it do."""
+        self._cancelled = True
         self._worker.kill()
 
     def close(self) -> None:
@@ -126,14 +161,14 @@ class SiteSession:
         self._worker.stop()
 
     def _answer(self, instruction: Instruction, down: Down) -> Up:
-        if self._last is not None and self._last[0] == instruction:
-            # The server lost our answer (a restart, a cut connection): the same question, the same answer.
-            return self._last[1]
         signed = self._gate.decide(down.signed_plan, instruction.run_id)
         if signed.digest != instruction.plan_digest:
             raise PayloadError(
                 "instruction and plan do not belong together", remedy="Report this as a fault."
             )
+        if self._last is not None and self._last[0] == instruction:
+            # The server lost our answer (a restart, a cut connection): the same question, the same answer.
+            return self._door.again(self._last[1])
         if instruction.action == "prepare":
             self._open(signed)
             return self._door.counts(instruction, signed, self._counts)
@@ -152,7 +187,7 @@ class SiteSession:
             "round_index": instruction.round_index,
             "split": instruction.split,
         }
-        header, reply = self._worker.call(request, payload)
+        header, reply = self._ask(request, payload)
         if instruction.action == "train":
             return self._door.update(
                 instruction, signed, bytes(reply), int(header["num_cases"]), float(header["mean_loss"])
@@ -174,7 +209,7 @@ class SiteSession:
         if self._opened == (self._worker.pid, signed.digest):
             return
         data = self._settings.data
-        header, _ = self._worker.call(
+        header, _ = self._ask(
             {
                 "op": "open",
                 "site": self._settings.name,
@@ -187,7 +222,19 @@ class SiteSession:
             }
         )
         self._opened = (self._worker.pid, signed.digest)
-        self._counts = {name: int(count) for name, count in header["counts"].items()}
+        self._counts = {name: int(header["counts"][name]) for name in ("train", "validation", "test")}
+
+    def _ask(self, request: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes | bytearray]:
+        if self._cancelled:
+            raise WorkError(RefusalCode.CANCELLED, "cancelled-before-work")
+        return self._worker.call(request, payload)
+
+    def _refused(self, instruction: Instruction, code: RefusalCode) -> Up | None:
+        try:
+            return self._door.refusal(instruction, code)
+        except FederationError as error:
+            self._report("answer_withheld", where=place_of(error))
+            return None
 
 
 class BaseMismatchError(FederationError):

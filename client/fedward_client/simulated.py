@@ -1,6 +1,6 @@
 """Many sites on one machine: the same sessions and outbound door as at a hospital, without a network.
 
-The simulation in the server package finds `open_sites` by its name. Each site has its own folder; they
+The simulation in the server package finds `SimulatedSites` by its name. Each site has its own folder; they
 share as many worker processes as may train at the same time, so 100 sites need no more memory for
 PyTorch than two. What a plan gate and a certificate protect at a hospital is not simulated: plans are
 accepted as given and keys are made on the spot.
@@ -8,13 +8,13 @@ accepted as given and keys are made on the spot.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedward_client.outbound import OutboundDoor
-from fedward_client.session import SiteSession, SiteSettings
+from fedward_client.session import SiteSession, SiteSettings, SiteWorker
 from fedward_client.site_data import SiteData
 from fedward_client.worker_process import WorkerProcess
 from fedward_common.audit import AuditLog
@@ -81,15 +81,11 @@ class SimulatedSites:
         apps: dict[str, ClientApp] = {}
         keys: dict[str, str] = {}
         for index, (name, folder) in enumerate(sorted(folders.items())):
-            home = folder / "home"
-            home.mkdir(parents=True, exist_ok=True, mode=0o700)
             sign, keys[name] = new_signer()
-            session = SiteSession(
-                SiteSettings(name, SiteData(home, folder / "dicom", folder / "labels.csv"), threads, device),
-                _OpenGate(),
-                OutboundDoor(name, sign, AuditLog(home / "audit.jsonl").append),
+            session = simulated_session(
+                simulated_settings(name, folder, threads=threads, device=device),
+                sign,
                 self.workers[index % len(self.workers)],
-                _say_nothing,
             )
             apps[name] = client_app(session)
         return apps, keys
@@ -98,6 +94,22 @@ class SimulatedSites:
         """End the workers."""
         for worker in self.workers:
             worker.stop()
+
+
+def simulated_settings(name: str, folder: Path, *, threads: int, device: str) -> SiteSettings:
+    """Settings of a site whose `dicom/`, `labels.csv` and home are in `folder`."""
+    data = SiteData(folder / "home", folder / "dicom", folder / "labels.csv")
+    return SiteSettings(name, data, threads, device)
+
+
+def simulated_session(
+    settings: SiteSettings, sign: Callable[[bytes], str], worker: SiteWorker
+) -> SiteSession:
+    """Make a session that accepts every plan; the site's home is made if absent."""
+    home = settings.data.home
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    door = OutboundDoor(settings.name, sign, AuditLog(home / "audit.jsonl").append)
+    return SiteSession(settings, _OpenGate(), door, worker, _say_nothing)
 
 
 def _say_nothing(event: str, **fields: Any) -> None:

@@ -82,7 +82,8 @@ class Worker:
 
         plan = parse_plan(request["plan"])
         site = SiteData(Path(request["home"]), Path(request["dicom"]), Path(request["labels"]))
-        torch.set_num_threads(request["threads"])
+        if request["threads"] > 0:  # 0, the default of a site's settings: all cores, as PyTorch begins
+            torch.set_num_threads(request["threads"])
         splits = DATASETS.load(plan.data.dataset)(plan, site)
         strategy = STRATEGIES.load(plan.strategy.name)
         self._open[request["site"]] = OpenCohort(
@@ -175,7 +176,7 @@ _CODES: dict[type[FederationError], RefusalCode] = {
 }
 
 
-def code_of(error: BaseException) -> RefusalCode:
+def code_of(error: BaseException, otherwise: RefusalCode = RefusalCode.TRAINING_FAILED) -> RefusalCode:
     """The number that stands for an error; a library's exception is never quoted."""
     code = getattr(error, "code", None)
     if isinstance(code, RefusalCode):
@@ -185,7 +186,7 @@ def code_of(error: BaseException) -> RefusalCode:
     for kind, number in _CODES.items():
         if isinstance(error, kind):
             return number
-    return RefusalCode.TRAINING_FAILED
+    return otherwise
 
 
 def place_of(error: BaseException) -> str:

@@ -12,10 +12,13 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from fedward_client.framing import receive_frame, send_frame
 from fedward_common.errors import FederationError, RefusalCode
+
+_ENDING_S = 5.0  # from the end of the stream to the end of the process that had it
 
 
 class WorkError(FederationError):
@@ -37,10 +40,12 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._ends = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._lifeline: int | None = None
         self._killed = False
+        self._retired = False
 
     @property
     def pid(self) -> int | None:
@@ -62,14 +67,19 @@ class WorkerProcess:
         """
         with self._lock:
             self._start()
-            assert self._channel is not None
+            channel = self._channel
+            if channel is None:
+                raise WorkError(RefusalCode.CANCELLED, "stopped-by-daemon")
             try:
-                send_frame(self._channel, request, payload)
-                header, reply = receive_frame(self._channel)
-            except (EOFError, OSError, TypeError, ValueError) as error:
-                raise self._died() from error
-        if not header.get("ok"):
-            raise WorkError(RefusalCode(header["code"]), str(header.get("where", "unknown")))
+                send_frame(channel, request, payload)
+                header, reply = receive_frame(channel)
+            except (EOFError, OSError) as error:
+                raise self._died(_ENDING_S) from error
+            except (TypeError, ValueError, MemoryError) as error:
+                # Where the next frame begins is not known any more, and the process cannot be trusted.
+                raise self._died(0) from error
+        if header.get("ok") is not True:
+            raise WorkError(_code_in(header), str(header.get("where", "unknown")))
         return header, reply
 
     def kill(self) -> None:
@@ -90,7 +100,15 @@ class WorkerProcess:
                 process.kill()
                 process.wait()
 
+    def retire(self) -> None:
+        """End the process for good: whatever is asked from now on is refused as cancelled."""
+        self._retired = True
+        self.kill()
+        self.stop()
+
     def _start(self) -> bool:
+        if self._retired:
+            raise WorkError(RefusalCode.CANCELLED, "stopped-by-daemon")
         if self._process is not None and self._process.poll() is None:
             return False
         self._close()
@@ -106,27 +124,50 @@ class WorkerProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=None if os.environ.get("FEDWARD_WORKER_STDERR") == "1" else subprocess.DEVNULL,
             )
+        except OSError:
+            ours.close()
+            os.close(write_end)
+            raise
         finally:
             theirs.close()
             os.close(read_end)
         self._channel, self._lifeline, self._killed = ours, write_end, False
         return True
 
-    def _died(self) -> WorkError:
+    def _died(self, patience_s: float) -> WorkError:
+        """Make sure that the process has ended, and say why it did."""
         process = self._process
-        returncode = None if process is None else process.wait()
-        killed = self._killed
+        returncode: int | None = None
+        if process is not None:
+            try:
+                returncode = process.wait(timeout=patience_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        cancelled = self._killed or self._retired
         self._close()
-        if killed:
+        if cancelled:
             return WorkError(RefusalCode.CANCELLED, "killed-by-daemon")
         if returncode == -signal.SIGKILL:
             return WorkError(RefusalCode.OUT_OF_MEMORY, "killed-by-system")
-        return WorkError(RefusalCode.TRAINING_FAILED, f"exit-code:{returncode}")
+        where = "malformed-reply" if returncode is None else f"exit-code:{returncode}"
+        return WorkError(RefusalCode.TRAINING_FAILED, where)
 
     def _close(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-        if self._lifeline is not None:
-            os.close(self._lifeline)
-        self._channel = self._lifeline = None
+        with self._ends:  # `stop` and a call that ends may both come here; a number is closed once
+            channel, lifeline = self._channel, self._lifeline
+            self._channel = self._lifeline = None
+        if channel is not None:
+            channel.close()
+        if lifeline is not None:
+            os.close(lifeline)
         self._process = None if self._process is None or self._process.poll() is not None else self._process
+
+
+def _code_in(header: Mapping[str, Any]) -> RefusalCode:
+    """The code of a worker's refusal; one that it cannot mean is a failure like any other."""
+    try:
+        code = RefusalCode(header["code"])
+    except (KeyError, ValueError):
+        return RefusalCode.TRAINING_FAILED
+    return code if code.said_by_site else RefusalCode.TRAINING_FAILED

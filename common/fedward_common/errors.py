@@ -155,6 +155,11 @@ class RefusalCode(IntEnum):
         """One sentence for the coordinator's screen and the report."""
         return _MEANINGS[self]
 
+    @property
+    def said_by_site(self) -> bool:
+        """Whether a site may say this when it refuses; the codes above are what the server finds out."""
+        return RefusalCode.OK < self < RefusalCode.UPDATE_UNSIGNED
+
 
 _MEANINGS: dict[RefusalCode, str] = {
     RefusalCode.OK: "accepted",

@@ -174,9 +174,13 @@ def sign(identity: Identity, payload: bytes) -> str:
     return identity.signing_key.sign(payload).hex()
 
 
-def new_signer() -> tuple[Callable[[bytes], str], str]:
-    """Make a signing key for this process only, for simulated sites: a sign function and its public key."""
-    key = Ed25519PrivateKey.generate()
+def new_signer(seed: bytes | None = None) -> tuple[Callable[[bytes], str], str]:
+    """Make a signing key for a simulated site: a sign function and its public key (hex).
+
+    Args:
+        seed: 32 secret bytes that give the same key in every process; None makes a fresh key.
+    """
+    key = Ed25519PrivateKey.generate() if seed is None else Ed25519PrivateKey.from_private_bytes(seed)
     return lambda payload: key.sign(payload).hex(), key.public_key().public_bytes_raw().hex()
 
 

@@ -64,8 +64,8 @@ def read_down(message: Message, *, max_payload: int) -> Down:
     """Take a server's message apart; PayloadError unless it has exactly the fixed form."""
     content = _content(message, {"instruction", "plan"})
     return Down(
-        instruction=_document(content, "instruction", "body"),
-        signed_plan=_document(content, "plan", "body"),
+        instruction=_document(content, "instruction", {"body"}),
+        signed_plan=_document(content, "plan", {"body"}),
         payload=_payload(content, max_payload),
     )
 
@@ -73,11 +73,12 @@ def read_down(message: Message, *, max_payload: int) -> Down:
 def read_up(message: Message, *, max_payload: int) -> Up:
     """Take a site's message apart; PayloadError unless it has exactly the fixed form."""
     content = _content(message, {"envelope"})
-    signature = content["envelope"].get("signature")
+    envelope = _document(content, "envelope", {"body", "signature"})
+    signature = content["envelope"]["signature"]
     if not isinstance(signature, str) or len(signature) != 128:
         raise PayloadError("message carries no signature", remedy=_REMEDY)
     return Up(
-        envelope=_document(content, "envelope", "body"),
+        envelope=envelope,
         signature=signature,
         payload=_payload(content, max_payload),
     )
@@ -88,7 +89,8 @@ def _flat(payload: bytes) -> ArrayRecord:
 
 
 def _content(message: Message, required: set[str]) -> RecordDict:
-    if not message.has_content():
+    # Flower takes any of its objects for content that names itself so: a sender may send a chunk of bytes.
+    if not message.has_content() or not isinstance(message.content, RecordDict):
         raise PayloadError("message has no content", remedy=_REMEDY)
     names = set(message.content.keys())
     if not required <= names <= required | {"payload"}:
@@ -96,9 +98,10 @@ def _content(message: Message, required: set[str]) -> RecordDict:
     return message.content
 
 
-def _document(content: RecordDict, record: str, key: str) -> bytes:
+def _document(content: RecordDict, record: str, keys: set[str]) -> bytes:
     config = content[record]
-    body = config.get(key) if isinstance(config, ConfigRecord) else None
+    is_form = isinstance(config, ConfigRecord) and set(config.keys()) == keys
+    body = config["body"] if is_form else None
     if not isinstance(body, bytes) or len(body) > _MAX_DOCUMENT:
         raise PayloadError(f"record {record} holds no document of at most 4 MB", remedy=_REMEDY)
     return body

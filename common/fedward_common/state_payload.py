@@ -22,10 +22,11 @@ def pack_state(state: Mapping[str, NDArray[np.int64]], plan: TrainingPlan) -> by
     """Lay the counts end to end as little-endian int64, in the plan's order.
 
     Raises:
-        PayloadError: names or shapes differ from the plan's.
+        PayloadError: names, shapes or dtype differ from the plan's.
     """
     layout = state_layout(plan)
-    if {name: array.shape for name, array in state.items()} != layout:
+    fits = {name: array.shape for name, array in state.items()} == layout
+    if not fits or any(array.dtype != np.int64 for array in state.values()):
         raise PayloadError("metric state does not have the plan's layout", remedy="Report this as a fault.")
     return b"".join(np.ascontiguousarray(state[name], dtype="<i8").tobytes() for name in layout)
 

@@ -8,6 +8,7 @@ name or a number that the site sent until it agrees with the signed plan and the
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,11 +66,13 @@ def admit(up: Up, instruction: Instruction, signed: SignedPlan, site: str, signi
     if envelope.site != site or not envelope.answers(instruction):
         return Answer(site, RefusalCode.UPDATE_STALE)
     if envelope.code != RefusalCode.OK:
-        return Answer(site, _known_code(envelope.code), envelope.numbers)
+        return Answer(site, _known_code(envelope.code))
     if not _payload_matches(envelope, up.payload):
         return Answer(site, RefusalCode.UPDATE_MALFORMED)
     if instruction.action == "prepare":
-        return Answer(site, RefusalCode.OK, envelope.numbers)
+        return Answer(
+            site, RefusalCode.OK if up.payload is None else RefusalCode.UPDATE_MALFORMED, envelope.numbers
+        )
     if instruction.action == "train":
         return _admit_update(envelope, up.payload, signed)
     return _admit_state(envelope, up.payload, signed.plan)
@@ -96,6 +99,8 @@ def _admit_state(envelope: Envelope, payload: bytes | None, plan: TrainingPlan) 
     except PayloadError:
         return Answer(envelope.site, RefusalCode.UPDATE_MALFORMED)
     held_back = envelope.numbers.num_cases is None
+    if int(state["num_cases"][0]) != (envelope.numbers.num_cases or 0):
+        return Answer(envelope.site, RefusalCode.UPDATE_MALFORMED)
     return Answer(
         envelope.site,
         RefusalCode.OK,
@@ -116,7 +121,7 @@ def _check_values(flat: NDArray[np.float32], max_abs: float, max_norm: float) ->
         if float(np.abs(block, out=block).max(initial=0.0)) > max_abs:
             return RefusalCode.UPDATE_OUT_OF_BOUNDS
         total += square
-    return RefusalCode.OK if total <= max_norm**2 else RefusalCode.UPDATE_OUT_OF_BOUNDS
+    return RefusalCode.OK if math.sqrt(total) <= max_norm else RefusalCode.UPDATE_OUT_OF_BOUNDS
 
 
 def _payload_matches(envelope: Envelope, payload: bytes | None) -> bool:
@@ -125,7 +130,9 @@ def _payload_matches(envelope: Envelope, payload: bytes | None) -> bool:
 
 
 def _known_code(code: int) -> RefusalCode:
+    """What the site says; a code that it cannot mean, such as one of the server's own, is INTERNAL."""
     try:
-        return RefusalCode(code)
+        known = RefusalCode(code)
     except ValueError:
         return RefusalCode.INTERNAL
+    return known if known.said_by_site else RefusalCode.INTERNAL

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -93,7 +94,10 @@ class LocalGrid(Grid):
 
     def _deliver(self, message: Message, message_id: str) -> None:
         node_id = message.metadata.dst_node_id
-        reply = self._apps[node_id](message, Context(RUN_ID, node_id, {}, RecordDict(), {}))
+        try:
+            reply = self._apps[node_id](message, Context(RUN_ID, node_id, {}, RecordDict(), {}))
+        except Exception:  # thread edge: without a reply the server would wait for it until the deadline
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION), reply_to=message)
         with self._arrived:
             self._replies[message_id] = reply
             self._arrived.notify_all()

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from fedward_common.errors import PlanError, RunFailedError, UsageError
+from fedward_common.errors import PlanError, RunFailedError
 from fedward_common.plan import PlanBody, SignedPlan, TrainingPlan, canonical_bytes
 from fedward_common.weights import Layout, unpack
 
@@ -34,6 +34,8 @@ class SimulationSettings:
         folders: site name -> folder with `dicom/` and `labels.csv`.
         workers: sites that train at the same time; 0 is one per core, or per GPU.
         threads: CPU threads per worker; 0 shares the cores among the workers.
+        engine: "local" is processes of our own; "ray" is Flower's engine, here or on the cluster that
+            RAY_ADDRESS names.
     """
 
     out: Path
@@ -69,7 +71,7 @@ def simulate(
     Returns:
         The run's status.
     """
-    simulation = Simulation(num_sites, workers=workers, threads=threads)
+    simulation = Simulation(num_sites, workers=workers, threads=threads, engine=engine)
     try:
         from fedward_server.following import follow
         from fedward_server.reporting import write_report
@@ -101,23 +103,36 @@ def simulate(
 class Simulation:
     """A simulation whose workers are already loading PyTorch while the rest is prepared."""
 
-    def __init__(self, num_sites: int, *, workers: int = 0, threads: int = 0) -> None:
+    def __init__(
+        self, num_sites: int, *, workers: int = 0, threads: int = 0, engine: Engine = "local"
+    ) -> None:
         """Start the workers and return at once.
 
         Args:
             num_sites: sites to come; no more workers than that are started.
-            workers, threads: see `SimulationSettings`.
+            workers, threads, engine: see `SimulationSettings`. With Ray, one worker makes the untrained
+                model; Ray's own processes come with the run.
+
+        Raises:
+            UsageError: the engine is not installed.
         """
+        if engine == "ray":
+            from fedward_server.ray_engine import require_ray
+
+            require_ray()
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.num_workers = min(num_sites, workers or self.cores)
         self.threads = threads or max(1, self.cores // self.num_workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))
         sites = import_module("fedward_client.simulated").SimulatedSites
-        self._sites = sites.warm_up(self.num_workers)
+        self._sites = sites.warm_up(self.num_workers if engine == "local" else 1)
+        self._grid: Any = None
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and what else the engine started."""
         self._sites.close()
+        if self._grid is not None:
+            self._grid.close()
 
     def launch(self, plan: TrainingPlan, settings: SimulationSettings) -> SimulatedRun:
         """Start the run in a thread; its events appear in the run's record.
@@ -130,16 +145,40 @@ class Simulation:
                 f"the plan's quorum is {plan.participation.quorum}, there are {len(settings.folders)} sites",
                 remedy="Simulate more sites with --sites, or lower participation.quorum.",
             )
+        self._grid, keys = self._connect(settings)
         layout, payload = self._sites.untrained(plan)
-        signed = _signed(plan, layout)
-        return SimulatedRun(self._sites, signed, unpack(payload, layout), settings, self.threads)
+        if settings.engine == "ray":
+            self._sites.close()
+        return SimulatedRun(self._grid, keys, _signed(plan, layout), unpack(payload, layout), settings)
+
+    def _connect(self, settings: SimulationSettings) -> tuple[Any, dict[str, str]]:
+        """Flower's grid with every site behind it, and the key with which each of them signs."""
+        if settings.engine == "ray":
+            from fedward_server.ray_engine import start_ray_sites
+
+            return start_ray_sites(
+                settings.folders,
+                workers=settings.workers,
+                cores=self.cores,
+                threads=self.threads,
+                device=settings.device,
+            )
+        from fedward_server.local_grid import LocalGrid
+
+        apps, keys = self._sites.open_sites(settings.folders, threads=self.threads, device=settings.device)
+        return LocalGrid(apps, parallel=min(64, len(apps))), keys
 
 
 class SimulatedRun:
     """One run in progress."""
 
     def __init__(
-        self, sites: Any, signed: SignedPlan, initial: Any, settings: SimulationSettings, threads: int
+        self,
+        grid: Any,
+        keys: Mapping[str, str],
+        signed: SignedPlan,
+        initial: Any,
+        settings: SimulationSettings,
     ) -> None:
         from fedward_server.runs import RunStore
 
@@ -150,7 +189,7 @@ class SimulatedRun:
         self.store = RunStore(settings.out / "runs.db")
         self.store.create(self.run_id, signed.to_bytes(), signed.digest, signed.plan.name)
         self.stop = threading.Event()
-        self._apps, self._keys = sites.open_sites(settings.folders, threads=threads, device=settings.device)
+        self._grid, self._keys = grid, keys
         self._initial = initial
         self._thread = threading.Thread(target=self._run, daemon=True, name="serverapp")
         self._thread.start()
@@ -182,10 +221,8 @@ class SimulatedRun:
 
         from fedward_server.app import RunContext, server_app
         from fedward_server.checkpoints import Checkpoints
-        from fedward_server.local_grid import RUN_ID, LocalGrid
+        from fedward_server.local_grid import RUN_ID
 
-        if self._settings.engine == "ray":
-            raise UsageError("the Ray engine is not available", remedy="Use --engine local.")
         outcomes: list[Any] = []
         context = RunContext(
             run_id=self.run_id,
@@ -196,11 +233,10 @@ class SimulatedRun:
             initial_weights=lambda: self._initial,
             stop=self.stop,
         )
-        grid = LocalGrid(self._apps, parallel=min(64, len(self._apps)))
         try:
-            server_app(context, outcomes.append)(grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
+            server_app(context, outcomes.append)(self._grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
         finally:
-            grid.close()
+            self._grid.close()
         return outcomes[0]
 
 

@@ -24,6 +24,7 @@ FENCES: dict[tuple[str, ...], tuple[str, ...]] = {
         "fedward_common.protocol",
         "fedward_client.app",
         "fedward_client.node",
+        "fedward_client.ray_sites",
         "fedward_client.simulated",
         "fedward_server.app",
         "fedward_server.link",
@@ -31,9 +32,11 @@ FENCES: dict[tuple[str, ...], tuple[str, ...]] = {
         "fedward_server.fleet",  # the part of the rounds that talks to sites
         "fedward_server.grid",  # Flower's Grid between runner and link
         "fedward_server.local_grid",  # the same for the simulation
+        "fedward_server.ray_engine",  # and for its second engine
         "fedward_server.runner",
         "fedward_server.simulation",
     ),
+    ("ray",): ("fedward_server.ray_engine",),
     ("cryptography",): (
         "fedward_common.identity",
         "fedward_common.certificates",
@@ -58,6 +61,7 @@ DYNAMIC_IMPORTS = ("fedward_common.registry",)
 # which nothing imports until it is asked for. Nothing else of the server may know the client's names.
 BY_STRING = {
     "fedward_server.simulation": "fedward_client.simulated",
+    "fedward_server.ray_engine": "fedward_client.ray_sites",
     "fedward_server.site_folders": "fedward_client.dicom.synthetic",
 }
 
@@ -120,6 +124,7 @@ def test_module_imports_only_what_its_place_allows(module: Module) -> None:
         ("fedward_client.outbound", "import flwr"),
         ("fedward_client.cli", "import grpc"),
         ("fedward_client.outbound", "from cryptography import x509"),
+        ("fedward_client.ray_sites", "import ray"),
         ("fedward_client.node", "from . import app"),
         ("fedward_client.node", "if TYPE_CHECKING:\n    from fedward_server import app"),
     ],

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 
 from fedward_client.image_cache import Images, cached_images
 from fedward_common.errors import CohortError
+from tests.builders import a_disk_of
 
 RECIPE = "ab" * 32
 CONTENTS = tuple(hashlib.sha256(bytes([number])).hexdigest() for number in range(12))
@@ -36,17 +35,6 @@ def a_preparation(refused: tuple[str, ...] = ()) -> tuple[Callable[[str], Images
 
 def expected(contents: tuple[str, ...]) -> Images:
     return np.stack([image_of(content) for content in contents])
-
-
-@contextmanager
-def disk_of(num_bytes: int) -> Iterator[None]:
-    """Let no file grow beyond this; the system call fails as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_second_call_prepares_nothing(tmp_path: Path) -> None:
@@ -150,7 +138,7 @@ def test_a_full_disk_is_a_clear_error_and_the_old_cache_stays(tmp_path: Path) ->
     cached_images(tmp_path, RECIPE, CONTENTS[:6], prepare)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    with disk_of(600), pytest.raises(CohortError, match="cannot be written") as caught:
+    with a_disk_of(600), pytest.raises(CohortError, match="cannot be written") as caught:
         cached_images(tmp_path, RECIPE, CONTENTS, prepare)
 
     assert "disk space" in caught.value.remedy

@@ -23,7 +23,7 @@ from fedward_client.site_data import SiteData
 from fedward_client.sources.folder import Content
 from fedward_client.sources.folder import read_content as read_from_folder
 from fedward_common.errors import CohortError
-from tests.builders import a_dataset, a_dicom, a_site, a_uid, canary_elements, encode, write_labels
+from tests.builders import a_dataset, a_dicom, a_disk_of, a_site, a_uid, canary_elements, encode, write_labels
 
 
 @pytest.fixture
@@ -208,6 +208,32 @@ def test_a_damaged_index_is_named_with_a_remedy(tmp_path: Path) -> None:
         index_folder(site)
 
     assert INDEX_FILE in caught.value.remedy
+
+
+def test_a_full_disk_is_a_clear_error_and_the_old_index_stays(tmp_path: Path) -> None:
+    site = a_site(tmp_path)
+    index_folder(site)
+    for number in range(300):
+        data = a_dicom(np.full((16, 16), number, dtype=np.uint16), PatientID=f"N{number}")
+        (site.dicom / f"new{number}.dcm").write_bytes(data)
+    size = (site.home / INDEX_FILE).stat().st_size
+
+    with a_disk_of(size), pytest.raises(CohortError, match="disk is full"):
+        index_folder(site)
+
+    with CaseIndex(site.home) as index:
+        assert len(index.images()) == 16
+    assert index_folder(site).num_images == 316
+
+
+def test_an_index_of_another_schema_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = a_site(tmp_path)
+    index_folder(site)
+
+    monkeypatch.setattr("fedward_client.index_store.SCHEMA_VERSION", "next")
+
+    assert index_folder(site).num_read == 16
+    assert index_folder(site).num_read == 0
 
 
 def test_no_text_of_a_header_and_no_file_name_leaves_the_index(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,23 @@ def test_the_root_itself_may_be_a_link(tmp_path: Path) -> None:
 
     assert [each.name for each in find_files(tmp_path / "link")] == [b"a.dcm"]
     assert read_content(tmp_path / "link", b"a.dcm").data == b"a"
+
+
+def test_folders_nested_deeper_than_pythons_stack_do_no_harm(tmp_path: Path) -> None:
+    depth = 1200
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(os.open("deep.dcm", os.O_CREAT, dir_fd=here))
+    os.close(here)
+
+    found = [each.name for each in find_files(tmp_path)]
+
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # too deep for pytest's own cleaning
+    assert found == [b"d/" * depth + b"deep.dcm"]
 
 
 def test_a_pipe_is_neither_listed_nor_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from fedward_client import compute
 from fedward_client.case_set import CaseSet
 from fedward_client.compute import choose, multiplies_bfloat16
 from fedward_client.evaluator import predict
@@ -121,8 +122,12 @@ def test_threads_are_put_back_after_training() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_training_again_after_an_evaluation_is_possible_and_changes_nothing() -> None:
-    plan = a_training_plan(training={"precision": "bfloat16"})
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_training_after_an_evaluation_is_possible_and_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, bfloat16: bool
+) -> None:
+    monkeypatch.setattr(compute, "multiplies_bfloat16", lambda _: bfloat16)  # as on another processor
+    plan = a_training_plan(training={"precision": "auto"})
     cases, model = some_cases(16), build_model(plan)
     predict(model, cases, plan, "cpu")
     train(model, cases, a_job(plan))

@@ -58,9 +58,22 @@ class Reader:
             time.sleep(0.1)
             return ""
         words = [word.replace("RUN", self.run_id()) if word == "RUN" else word for word in shlex.split(line)]
-        done = subprocess.run(
-            words, cwd=self.folder, env=self.env, capture_output=True, text=True, check=False, timeout=600
-        )
+        keyboard, terminal = os.openpty()
+        try:
+            os.write(keyboard, b"y\n")  # for the one command that asks
+            done = subprocess.run(
+                words,
+                cwd=self.folder,
+                env=self.env,
+                stdin=terminal,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=600,
+            )
+        finally:
+            os.close(keyboard)
+            os.close(terminal)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -123,12 +136,11 @@ def test_every_command_in_the_readme_works_in_its_order(reader: Reader) -> None:
     assert (reader.folder / "simulation" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("program", ["fedward", "fedward-site"])
-def test_every_command_that_the_readme_names_exists(program: str) -> None:
+def test_every_command_that_the_readme_names_in_passing_exists() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(rf"`{program} ((?:[a-z]+ ?)+)", text))
+    named = set(re.findall(r"`(fedward(?:-site)?) ((?:[a-z]+ ?)+)", text))
     assert named
-    for words in named:
+    for program, words in named:
         verbs = words.split()
         done = subprocess.run(
             [str(Path(sys.executable).parent / program), *verbs, "--help"],

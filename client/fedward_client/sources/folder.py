@@ -63,27 +63,29 @@ def find_files(root: Path) -> Iterator[Candidate]:
         CohortError: `root` is not a folder that can be listed.
     """
     try:
-        yield from _walk(os.fsencode(root.resolve(strict=True)), b"")
+        base = os.fsencode(root.resolve(strict=True))
+        waiting = _entries(base, b"")
     except OSError as error:
         raise CohortError(
             "the image folder cannot be listed",
             remedy="Check `dicom` in site.toml, that it is mounted, and that this user may read it.",
         ) from error
-
-
-def _walk(root: bytes, folder: bytes) -> Iterator[Candidate]:
-    with os.scandir(os.path.join(root, folder)) as listing:  # noqa: PTH118 - names are bytes, not text
-        entries = sorted(listing, key=lambda entry: entry.name)
-    for entry in entries:
-        name = os.path.join(folder, entry.name)  # noqa: PTH118
+    while waiting:  # not recursive: folders may be nested deeper than Python's stack
+        name = waiting.pop()
         try:
-            status = entry.stat(follow_symlinks=False)
+            status = os.lstat(os.path.join(base, name))  # noqa: PTH118 - names are bytes, not text
             if stat.S_ISDIR(status.st_mode):
-                yield from _walk(root, name)
+                waiting += _entries(base, name)
         except OSError:  # gone meanwhile, or not ours to read
             continue
         if stat.S_ISREG(status.st_mode):
             yield Candidate(name, status.st_size, status.st_mtime_ns)
+
+
+def _entries(base: bytes, folder: bytes) -> list[bytes]:
+    """Names in a folder, last first, each with the folder in front."""
+    names = os.listdir(os.path.join(base, folder))  # noqa: PTH118, PTH208
+    return [os.path.join(folder, name) for name in sorted(names, reverse=True)]  # noqa: PTH118
 
 
 def read_content(root: Path, name: bytes) -> Content:
