@@ -8,9 +8,10 @@ quarantine and the others go on; random augmentation is the trainer's, not the d
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 
 from fedward_client.case_set import CaseSet, Splits
@@ -106,10 +107,10 @@ def _recipe(plan: TrainingPlan) -> str:
     """Digest of all that decides a prepared image but its file: transform and its code, decoders."""
     from fedward_client.dicom.decode import decoder_versions
 
-    code = import_module(TRANSFORMS.load(plan.transforms.name).preprocess.__module__).__file__
+    code = inspect.getfile(TRANSFORMS.load(plan.transforms.name).preprocess)
     parts = {
         "transforms": plan.transforms.model_dump(mode="json", exclude={"augmentation"}),
-        "code": hashlib.sha256(Path(code or "").read_bytes()).hexdigest(),
+        "code": hashlib.sha256(Path(code).read_bytes()).hexdigest(),
         "decoders": decoder_versions(),
         "versions": [metadata.version(name) for name in ("fedward", "monai", "torch")],
     }

@@ -107,7 +107,8 @@ class InProcessWorker:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    site = RaySite(**{field.name: context.node_config[field.name] for field in fields(RaySite)})
+    values: dict[str, Any] = {field.name: context.node_config[field.name] for field in fields(RaySite)}
+    site = RaySite(**values)
     app = _app(site)
     with _alone_in(Path(site.folder) / "home"):
         return app(message, context)

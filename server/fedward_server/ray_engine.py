@@ -133,7 +133,7 @@ class RayGrid(InMemoryGrid):
         stores = _register_nodes(factory.state(), nodes)
         partitions = {node_id: int(store.node_config[PARTITION_ID_KEY]) for node_id, store in stores.items()}
         self._session = session
-        self._backend = RayBackend({"client_resources": resources, "init_args": {}, "actor": {}})
+        self._backend = RayBackend({"client_resources": {**resources}, "init_args": {}, "actor": {}})
         self._ending = threading.Event()
         self._closing = threading.Lock()
         # Its own event: the runtime sets this one as well when it fails.

@@ -107,17 +107,20 @@ def every_site_in_every_round(report: RunReport) -> bool:
 def _rounds(records: list[RoundRecord], events: list[Event]) -> list[RoundReport]:
     from fedward_common.evaluation.report import RoundReport
 
-    reports = []
-    for event in events:
-        if event.kind == "evaluated" and event.fields["round"] == 0 and event.fields["split"] == "validation":
-            reports.append(
-                RoundReport(
-                    round_index=0,
-                    seconds=0,
-                    validation=_load(event.fields["global"]),
-                    validation_sites=_loads(event.fields["sites"]),
-                )
-            )
+    untrained = [
+        event.fields
+        for event in events
+        if event.kind == "evaluated" and event.fields["round"] == 0 and event.fields["split"] == "validation"
+    ]
+    reports = [
+        RoundReport(
+            round_index=0,
+            seconds=0,
+            validation=_load(fields["global"]),
+            validation_sites=_loads(fields["sites"]),
+        )
+        for fields in untrained[-1:]  # a run resumed before its first round measured it again
+    ]
     for record in records:
         reports.append(
             RoundReport(

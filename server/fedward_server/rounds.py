@@ -7,6 +7,7 @@ sites changes the result's bits or the memory it takes.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from fedward_common import weights
 from fedward_common.aggregation import RunningSum
 from fedward_common.envelope import SplitName
-from fedward_common.errors import RefusalCode, RunFailedError
+from fedward_common.errors import CheckpointError, RefusalCode, RunFailedError
 from fedward_common.evaluation.state import MetricSummary, State, empty_state, merge, summarise
 from fedward_common.plan import SignedPlan, TrainingPlan
 from fedward_common.registry import STRATEGIES
@@ -29,6 +30,7 @@ from fedward_server.runs import RoundRecord, SiteRecord
 
 _APPROVAL_PAUSE_S = 1.0
 StrategyState = dict[str, NDArray[Any]]
+_log = logging.getLogger(__name__)
 
 
 class Recorder(Protocol):
@@ -103,7 +105,7 @@ class RoundLoop:
             history = [*history, record]
             self._recorder.commit(model, record, keep=self._selected(history))
             self._recorder.event("round_committed", {"round": record.round_index, "seconds": record.seconds})
-        return self._finish(model, initial, self._selected(history))
+        return self._finish(model, initial, history)
 
     def _gather(self) -> None:
         """Wait until every site of the roster is ready, or the plan's patience ends with a quorum."""
@@ -208,15 +210,26 @@ class RoundLoop:
         """Figures of a state; only the final test's keep the points of the ROC curve."""
         return summarise(state, self._plan, num_roc_points=101 if question.split == "test" else 0)
 
-    def _finish(self, model: GlobalModel, initial: Weights, selected: int) -> RunOutcome:
-        chosen = model if selected == model.round_index else self._recorder.model_of(selected)
+    def _finish(self, model: GlobalModel, initial: Weights, history: list[RoundRecord]) -> RunOutcome:
+        chosen = self._chosen(model, history)
         payload = weights.pack(initial, self._layout)
-        tested = self._measure(chosen, selected, "test")
-        outcome = RunOutcome(selected, weights.digest(payload), tested)
+        tested = self._measure(chosen, chosen.round_index, "test")
+        outcome = RunOutcome(chosen.round_index, weights.digest(payload), tested)
         if self._plan.evaluation.compare_local:
             deadline = self._plan.participation.deadline_s * self._plan.rounds
             outcome.local = self._collect(Question("baseline", 0, payload, deadline, "test")).sites
         return outcome
+
+    def _chosen(self, model: GlobalModel, history: list[RoundRecord]) -> GlobalModel:
+        """The selected round's model; when its checkpoint is lost, the best of those that are left."""
+        left = history
+        while (selected := self._selected(left)) != model.round_index:
+            try:
+                return self._recorder.model_of(selected)
+            except CheckpointError:
+                _log.warning("selected_model_lost", extra={"round": selected})
+                left = [record for record in left if record.round_index != selected]
+        return model
 
     def _selected(self, history: list[RoundRecord]) -> int:
         """The round whose model is the result: best validation AUROC, the earlier one on a tie."""

@@ -24,7 +24,8 @@ os.environ.update(
 from fedward_common.errors import FederationError
 from fedward_common.federation import read_federation
 from fedward_common.plan import parse_signed_plan
-from fedward_common.weights import Weights
+from fedward_common.state_payload import state_bytes
+from fedward_common.weights import Weights, num_bytes
 from fedward_server.checkpoints import Checkpoints
 from fedward_server.config import ServerHome
 from fedward_server.runs import RunStore
@@ -97,7 +98,7 @@ def _run(assignment: dict[str, Any], home: ServerHome, store: RunStore, stop: th
         stop=stop,
         resume=bool(assignment["resume"]),
     )
-    with _connected(assignment) as grid:
+    with _connected(assignment, max(num_bytes(signed.body.layout), state_bytes(signed.plan))) as grid:
         app = server_app(context, outcomes.append)
         app(grid, Context(assignment["flower_run_id"], 1, {}, RecordDict(), {}))
     store.set_result(run_id, result_document(outcomes[0]))
@@ -114,12 +115,16 @@ def _initial(signed: Any) -> Weights:
 
 
 @contextlib.contextmanager
-def _connected(assignment: dict[str, Any]) -> Any:
+def _connected(assignment: dict[str, Any], max_payload: int) -> Any:
     """Flower's own grid on the loopback listener, kept alive by task heartbeats."""
     from fedward_server.grid import open_grid
 
     with open_grid(
-        assignment["runtime_address"], assignment["token"], assignment["flower_run_id"], _HEARTBEAT_S
+        assignment["runtime_address"],
+        assignment["token"],
+        assignment["flower_run_id"],
+        _HEARTBEAT_S,
+        max_payload=max_payload,
     ) as grid:
         yield grid
 
