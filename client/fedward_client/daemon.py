@@ -7,30 +7,27 @@ site costs a hospital's workstation next to nothing.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
+from fedward_client import health
 from fedward_client.approvals import PlanGate
 from fedward_client.config import SiteHome, load_config
 from fedward_client.outbound import OutboundDoor
 from fedward_client.policy import load_policy
+from fedward_client.pseudonyms import load_pseudonym_key
 from fedward_client.session import SiteSession, SiteSettings
 from fedward_client.site_data import SiteData
 from fedward_client.worker_process import WorkerProcess
 from fedward_common import logs
 from fedward_common.audit import AuditLog
 from fedward_common.errors import IdentityError
-from fedward_common.files import write_atomically
 from fedward_common.identity import client_context, load_identity, sign
 
-HEALTH_FILE = "health.json"
 LOG_FILE = "site.log"
 _HEALTH_S = 10.0
 _IDLE_WORKER_S = 900.0
@@ -59,16 +56,17 @@ def run_site(home: SiteHome, *, warm: bool, ready: Callable[[str], None]) -> Non
     identity = load_identity(home.identity)
     if (identity.peer.role, identity.peer.name) != ("site", config.name):
         raise IdentityError(
-            f"certificate is for {identity.peer.role} {identity.peer.name}, site.toml says site {config.name}",
+            f"certificate of {identity.peer.role} {identity.peer.name}, site.toml says site {config.name}",
             remedy="Correct `name` in site.toml; find out what else is wrong with: fedward-site doctor",
         )
     policy = load_policy(home.policy)
+    load_pseudonym_key(home.root)
     audit = AuditLog(home.audit)
-    logs.configure(home.root / LOG_FILE, site=config.name)
 
     from fedward_client.app import client_app
     from fedward_client.node import FleetConnection, SiteNode
 
+    logs.configure(home.root / LOG_FILE, site=config.name)  # after Flower, which installs a handler
     worker = WorkerProcess()
     session = SiteSession(
         SiteSettings(
@@ -106,9 +104,7 @@ def run_site(home: SiteHome, *, warm: bool, ready: Callable[[str], None]) -> Non
 def _keep(home: SiteHome, session: SiteSession, ended: threading.Event) -> None:
     """Say now and then that the daemon lives, and end a worker nobody needs."""
     while True:
-        document = {"pid": os.getpid(), "at": datetime.now(UTC).isoformat()}
-        with suppress(OSError):  # a full disk; the file that grows old tells whoever looks
-            write_atomically(home.root / HEALTH_FILE, json.dumps(document).encode())
+        health.record(home.root)
         session.rest(_IDLE_WORKER_S)
         if ended.wait(_HEALTH_S):
             return
