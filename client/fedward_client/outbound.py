@@ -177,7 +177,8 @@ def magnitude(flat: NDArray[np.float32]) -> tuple[float, float]:
     """
     largest = total = 0.0
     for start in range(0, len(flat), _BLOCK):
-        block = flat[start : start + _BLOCK].astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is about to be refused, not to be warned of
+            block = flat[start : start + _BLOCK].astype(np.float64)
         total += float(block @ block)
         largest = max(largest, float(np.abs(block, out=block).max(initial=0.0)))
     return largest, math.sqrt(total) if total >= 0 else math.nan

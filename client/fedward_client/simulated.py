@@ -91,9 +91,9 @@ class SimulatedSites:
         return apps, keys
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; whoever still asks one is refused."""
         for worker in self.workers:
-            worker.stop()
+            worker.retire()
 
 
 def simulated_settings(name: str, folder: Path, *, threads: int, device: str) -> SiteSettings:

@@ -89,8 +89,7 @@ def _flat(payload: bytes) -> ArrayRecord:
 
 
 def _content(message: Message, required: set[str]) -> RecordDict:
-    # Flower takes any of its objects for content that names itself so: a sender may send a chunk of bytes.
-    if not message.has_content() or not isinstance(message.content, RecordDict):
+    if not message.has_content():
         raise PayloadError("message has no content", remedy=_REMEDY)
     names = set(message.content.keys())
     if not required <= names <= required | {"payload"}:

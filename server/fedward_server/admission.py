@@ -114,7 +114,8 @@ def _check_values(flat: NDArray[np.float32], max_abs: float, max_norm: float) ->
     """Finite and within bounds, in blocks that fit the cache; the norm is summed in float64."""
     total = 0.0
     for start in range(0, len(flat), _BLOCK):
-        block = flat[start : start + _BLOCK].astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is about to be refused, not to be warned of
+            block = flat[start : start + _BLOCK].astype(np.float64)
         square = float(block @ block)
         if not np.isfinite(square):
             return RefusalCode.UPDATE_NOT_FINITE

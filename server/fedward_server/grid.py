@@ -79,9 +79,10 @@ class RunGrid(HttpGrid):
         with self._changed:
             if wanted & self._on_the_way:
                 self._changed.wait_for(lambda: wanted & self._there.keys(), timeout=_LOOK_S)
-            ready = wanted & self._there.keys()
-            self._on_the_way -= ready
-            return [self._there.pop(key) for key in ready]
+            replies = [self._there[key] for key in wanted & self._there.keys()]
+            self._on_the_way -= self._there.keys()
+            self._there.clear()  # what is not wanted came after its deadline
+            return replies
 
     def _fetch(self, reply_to: str, message_id: str, tree: ObjectTree) -> None:
         try:

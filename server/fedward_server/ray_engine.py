@@ -62,8 +62,8 @@ from fedward_server.local_grid import RUN_ID
 NodeConfig = Mapping[str, str | int]
 _SEE = "Set FEDWARD_WORKER_STDERR=1 to see what Ray and Flower say."
 _TASK_ID = 1
-# An actor that the system killed comes back; its site is lost for the round.
-_RESTARTS = 3
+# An actor that the system killed comes back and is asked again once: all that it did is repeatable.
+_RESTARTS, _RETRIES = 3, 1
 
 
 def require_ray() -> None:
@@ -193,6 +193,8 @@ class _RaySession:
             }
         if not loud:
             logging.getLogger("flwr").setLevel(logging.CRITICAL)
+            # What Ray has to say of processes that died goes to standard output, where our events go.
+            os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."
         import ray
 
         self._ray = ray
@@ -218,6 +220,7 @@ class _RaySession:
             # Ray counts in steps of 1/10000.
             "num_gpus": math.floor(10_000 / math.ceil(actors / gpus)) / 10_000 if gpus else 0.0,
             "max_restarts": _RESTARTS,
+            "max_task_retries": _RETRIES,
         }
 
     def kill(self, actors: Iterable[Any]) -> None:

@@ -17,8 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from fedward_common.errors import PlanError, RunFailedError
-from fedward_common.plan import PlanBody, SignedPlan, TrainingPlan, canonical_bytes
+from fedward_common.errors import FederationError, PlanError
+from fedward_common.plan import PlanBody, SignedPlan, TrainingPlan, canonical_bytes, check_names
 from fedward_common.weights import Layout, unpack
 
 Engine = Literal["local", "ray"]
@@ -71,7 +71,9 @@ def simulate(
     Returns:
         The run's status.
     """
+    _check_quorum(plan, num_sites)
     simulation = Simulation(num_sites, workers=workers, threads=threads, engine=engine)
+    run: SimulatedRun | None = None
     try:
         from fedward_server.following import follow
         from fedward_server.reporting import write_report
@@ -97,6 +99,8 @@ def simulate(
         write_report(run.store, run.run_id, out, data_note=kind)
         return status
     finally:
+        if run is not None:
+            run.stop.set()  # of no effect after the end; after Ctrl-C, the sites that wait are not begun
         simulation.close()
 
 
@@ -140,13 +144,13 @@ class Simulation:
         Raises:
             PlanError: the plan needs more sites than there are, or names something unknown here.
         """
-        if plan.participation.quorum > len(settings.folders):
-            raise PlanError(
-                f"the plan's quorum is {plan.participation.quorum}, there are {len(settings.folders)} sites",
-                remedy="Simulate more sites with --sites, or lower participation.quorum.",
-            )
+        _check_quorum(plan, len(settings.folders))
         self._grid, keys = self._connect(settings)
-        layout, payload = self._sites.untrained(plan)
+        try:
+            layout, payload = self._sites.untrained(plan)
+        except FederationError:
+            check_names(plan)  # says in words what the worker says with a number
+            raise
         if settings.engine == "ray":
             self._sites.close()
         return SimulatedRun(self._grid, keys, _signed(plan, layout), unpack(payload, layout), settings)
@@ -210,7 +214,7 @@ class SimulatedRun:
             self.store.finish(self.run_id, "completed", "", outcome.selected_round)
         except RunStoppedError:
             self.store.finish(self.run_id, "stopped", "stopped")
-        except (RunFailedError, PlanError) as error:
+        except FederationError as error:
             self.store.finish(self.run_id, "failed", f"{error.message} - {error.remedy}")
         except Exception as error:  # thread edge: whoever follows the events must see an end
             self.store.finish(self.run_id, "failed", f"internal fault: {type(error).__name__}: {error}")
@@ -238,6 +242,14 @@ class SimulatedRun:
         finally:
             self._grid.close()
         return outcomes[0]
+
+
+def _check_quorum(plan: TrainingPlan, num_sites: int) -> None:
+    if plan.participation.quorum > num_sites:
+        raise PlanError(
+            f"the plan's quorum is {plan.participation.quorum}, there are {num_sites} sites",
+            remedy="Simulate more sites with --sites, or lower participation.quorum.",
+        )
 
 
 def _signed(plan: TrainingPlan, layout: Layout) -> SignedPlan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +17,7 @@ from pathlib import Path
 from fedward_common.errors import UsageError
 
 _DONE = "written.json"
+_NAME = r"[a-z0-9][a-z0-9_.-]{0,62}"  # as in a plan or a certificate
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def prepare_folders(
         UsageError: `data` is neither, or has too few sites.
     """
     if data is not None and data.is_dir():
-        return _given(data, len(names))
+        return _given(data, out, len(names))
     if data is not None and not data.is_file():
         raise UsageError(f"{data} does not exist", remedy="Give an .npz file or a folder with --data.")
     source = data or default_radiographs()
@@ -80,11 +82,33 @@ def prepare_folders(
     return SiteFolders(written.kind, folders)
 
 
-def _given(data: Path, num_sites: int) -> SiteFolders:
+def _given(data: Path, out: Path, num_sites: int) -> SiteFolders:
     found = sorted(path for path in data.iterdir() if (path / "dicom").is_dir())
     if len(found) < num_sites:
         raise UsageError(
             f"{data} has {len(found)} folders with a dicom/ inside, {num_sites} sites were asked for",
             remedy="Give fewer --sites, or a folder with SITE/dicom/ and SITE/labels.csv for each site.",
         )
-    return SiteFolders("images from the given folder", {path.name: path for path in found[:num_sites]})
+    chosen = {path.name: path for path in found[:num_sites]}
+    for name in chosen:
+        if re.fullmatch(_NAME, name) is None:
+            raise UsageError(
+                f"{data / name}: the folder's name cannot be a site's",
+                remedy="Rename it: lower-case letters, digits, - _ and . after a letter or digit.",
+            )
+    folders = {name: _linked(path, out / name) for name, path in chosen.items()}
+    return SiteFolders("images from the given folder", folders)
+
+
+def _linked(given: Path, folder: Path) -> Path:
+    """Make a folder that shows the given images; what the site itself writes stays out of theirs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("dicom", "labels.csv"):
+        link = folder / name
+        if link.exists() and not link.is_symlink():
+            raise UsageError(
+                f"{folder} holds images of an earlier simulation", remedy="Give another folder with --out."
+            )
+        link.unlink(missing_ok=True)
+        link.symlink_to((given / name).resolve())
+    return folder

@@ -34,7 +34,7 @@ _LENGTHS = {"AE": 16, "CS": 16, "SH": 16, "LO": 64, "PN": 64, "ST": 1024, "LT": 
 _LONG = ("UC", "UR", "UT")
 _PIXEL_GROUP = 0x7FE0
 # What an image needs in order to be one; identifiers among them get canaries of their own, file by file.
-_KEPT = {*HEADER_KEYWORDS, *DISPLAY_KEYWORDS, "PatientName", "SpecificCharacterSet", "LossyImageCompression"}
+KEPT = {*HEADER_KEYWORDS, *DISPLAY_KEYWORDS, "PatientName", "SpecificCharacterSet", "LossyImageCompression"}
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,16 @@ class Haystack:
 
     def find(self, data: bytes) -> set[Finding]:
         """Every needle in the data."""
+        if not self._needles:
+            raise ValueError("nothing to look for")
         if self._keys is None:
             self._keys = np.array(sorted(self._needles), dtype=np.uint64)
         found = set()
         for shift in range(min(WORD, max(0, len(data) - WORD + 1))):
             words = np.frombuffer(data, dtype="<u8", count=(len(data) - shift) // WORD, offset=shift)
             candidates = np.flatnonzero(self._low[words & 0xFFFFFF])
-            for place in candidates[np.isin(words[candidates], self._keys)]:
+            places = np.searchsorted(self._keys, words[candidates]) % len(self._keys)
+            for place in candidates[self._keys[places] == words[candidates]]:
                 start = shift + WORD * int(place)
                 for needle, finding in self._needles[int(words[place])]:
                     if data.startswith(needle, start) and not _inside_a_number(needle, data, start):
@@ -199,18 +202,20 @@ def canary_value(mark: Mark, vr: str, tag: int) -> str | None:
 def canary_dataset(mark: Mark) -> Dataset:
     """Every element of the DICOM dictionary that holds text, each with a canary; sequences, private tags.
 
-    Left out: what the image needs to be one (`_KEPT`), and groups that belong to messages and
+    Left out: what the image needs to be one (`KEPT`), and groups that belong to messages and
     directories. Each sequence of the dictionary has an item with a name and a text of its own.
     """
     dataset = Dataset()
     for tag, (vr, *_, keyword) in _dictionary():
         value = canary_value(mark, vr, tag)
+        if keyword in KEPT:
+            continue
         if vr == "SQ":
             item = Dataset()
             item.add_new(0x00100010, "PN", f"{mark.text}^{tag:08X}")
             item.add_new(0x00204000, "LT", f"{mark.text}{tag:08X} nested")
             dataset.add_new(tag, "SQ", [item])
-        elif value is not None and keyword not in _KEPT:
+        elif value is not None:
             dataset.add_new(tag, vr, value)
     for group in (0x0009, 0x0019, 0x7FE1):
         block = dataset.private_block(group, f"{mark.text} PRIVATE", create=True)
@@ -235,7 +240,7 @@ class Planted:
 
     Attributes:
         patients: PatientIDs; instances: SOPInstanceUIDs of all files.
-        pixels: stored pixels of some images.
+        pixels: stored pixels of every image.
         contents: SHA-256 (hex) of every file.
         dicom: the image folder; labels: the label file.
     """
@@ -283,9 +288,7 @@ def plant(folder: Path, site: str) -> Planted:
 def _marked(image: FileDataset, elements: Dataset, mark: Mark, number: int) -> FileDataset:
     """One image with canaries added, and with identifiers of its own."""
     patient = image.PatientID
-    for element in elements:
-        if element.tag not in image or not image[element.tag].value:
-            image.add(element)
+    image.update(elements)
     image.PatientID = f"{mark.text}-{patient}"
     image.PatientName = f"{mark.text}^{patient}"
     image.StudyDate = mark.date
@@ -314,8 +317,7 @@ def _write(image: FileDataset, planted: Planted, number: int) -> None:
     planted.contents.append(hashlib.sha256(path.read_bytes()).hexdigest())
     if image.PatientID not in planted.patients:
         planted.patients.append(image.PatientID)
-    if number % 16 == 0:
-        planted.pixels.append(bytes(image.PixelData))
+    planted.pixels.append(bytes(image.PixelData))
 
 
 def _plant_damaged(planted: Planted) -> str:

@@ -23,6 +23,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from fedward_common.errors import RefusalCode
 from fedward_common.plan import parse_signed_plan
 from fedward_server.run_records import Event
 from tests.integration.canaries import (
+    KEPT,
     Finding,
     Haystack,
     Mark,
@@ -89,7 +91,17 @@ class Evidence:
     stays: dict[str, bytes] = field(default_factory=dict)
     audited: dict[str, set[str]] = field(default_factory=dict)
 
-    def haystack(self, *, pseudonyms: bool) -> Haystack:
+    @cached_property
+    def everywhere(self) -> Haystack:
+        """What may be nowhere but in the files that stay."""
+        return self._haystack(pseudonyms=False)
+
+    @cached_property
+    def outside(self) -> Haystack:
+        """What may not leave the site: also its own names for its images."""
+        return self._haystack(pseudonyms=True)
+
+    def _haystack(self, *, pseudonyms: bool) -> Haystack:
         tensors = [data for name, data in self.stays.items() if name.endswith(".npy")]
         return a_haystack(self.planted.values(), tensors=tensors, pseudonyms=pseudonyms)
 
@@ -253,7 +265,7 @@ def test_the_run_was_as_eventful_as_it_should_be(evidence: Evidence) -> None:
 
 
 def test_no_canary_is_in_any_byte_that_a_site_sends(evidence: Evidence) -> None:
-    assert found_in(evidence.haystack(pseudonyms=True), evidence.wire) == {}
+    assert found_in(evidence.outside, evidence.wire) == {}
 
 
 def test_no_canary_is_in_the_servers_folder_logs_or_report(evidence: Evidence) -> None:
@@ -263,12 +275,12 @@ def test_no_canary_is_in_the_servers_folder_logs_or_report(evidence: Evidence) -
         each in names
         for each in ("runs.sqlite", ".safetensors", "audit.jsonl", "report.html", "server.log", "site-1.log")
     )
-    assert found_in(evidence.haystack(pseudonyms=True), evidence.server) == {}
+    assert found_in(evidence.outside, evidence.server) == {}
     assert not any(planted.mark.text in names for planted in evidence.planted.values())
 
 
 def test_no_canary_is_in_a_sites_log_audit_plans_or_on_a_screen(evidence: Evidence) -> None:
-    haystack = evidence.haystack(pseudonyms=False)
+    haystack = evidence.everywhere
 
     assert {"site-1/site.log", "site-1/audit.jsonl"} <= set(evidence.home)
     assert found_in(haystack, evidence.home) == {}
@@ -277,7 +289,7 @@ def test_no_canary_is_in_a_sites_log_audit_plans_or_on_a_screen(evidence: Eviden
 
 def test_the_same_search_finds_what_stays_at_the_site(evidence: Evidence) -> None:
     """The needles are those of the data that was really read, so an empty result means something."""
-    found = found_in(evidence.haystack(pseudonyms=True), evidence.stays)
+    found = found_in(evidence.outside, evidence.stays)
     index = {(each.name, each.spelling) for each in found["site-1/index.sqlite"]}
     (cache,) = [name for name in found if name.startswith("site-1/cache/") and name.endswith(".npy")]
 
@@ -306,7 +318,7 @@ def test_what_was_recorded_is_what_the_audit_log_says_and_nothing_more(evidence:
 def leaked(federation: TappedFederation, evidence: Evidence) -> tuple[Haystack, bytes, bytes]:
     """The positive control: site-1 leaks past its door; the search, what it sent, what it printed."""
     place = federation.place
-    haystack = evidence.haystack(pseudonyms=True)
+    haystack = evidence.outside
     before, printed = len(federation.sent("site-1")), len((place.root / "site-1.log").read_bytes())
     patience = {"quorum": 1, "deadline_s": 30, "gather_s": 1}
     signed = place.sign(a_plan_file(place.root / "leaky.toml", rounds=1, participation=patience))
@@ -437,19 +449,11 @@ def test_planted_files_hold_a_canary_in_every_text_element_of_the_dictionary(evi
         keyword
         for tag, (vr, *_, keyword) in DicomDictionary.items()
         if 0x0008 <= tag >> 16 < 0x7FE0 and tag & 0xFFFF and canary_value(planted.mark, vr, tag)
-        if not any(text in str(image[tag].value) for text in texts)
+        if tag not in image or not any(text in str(image[tag].value) for text in texts)
     }
 
     assert len(image) > 3500
-    # What the image needs to be one, and names that the phantom's own header already gives.
-    assert bare <= {
-        *("SpecificCharacterSet", "ImageType", "SOPClassUID", "Modality", "PresentationIntentType"),
-        *("Manufacturer", "PatientSex", "PatientAge", "BodyPartExamined", "ViewPosition", "DetectorType"),
-        *("ImagerPixelSpacing", "SeriesNumber", "InstanceNumber", "PatientOrientation", "ImageLaterality"),
-        *("NumberOfFrames", "PhotometricInterpretation", "PixelIntensityRelationship", "BurnedInAnnotation"),
-        *("WindowCenter", "WindowWidth", "RescaleIntercept", "RescaleSlope", "RescaleType"),
-        *("VOILUTFunction", "LossyImageCompression", "PresentationLUTShape"),
-    }
+    assert bare <= KEPT
     assert planted.mark.text.encode() in path.read_bytes()[:128]
     assert planted.mark.text in str(image.file_meta)
     assert planted.mark.text in str(image.OtherPatientIDsSequence[0].PatientName)

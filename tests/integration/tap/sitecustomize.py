@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # Only these put bytes on a network from Python; the hook sees them in every thread and library.
-_NETWORK = frozenset({"socket.connect", "socket.sendto", "socket.sendmsg", "socket.bind"})
+_NETWORK = frozenset({"socket.connect", "socket.sendto", "socket.sendmsg"})
 
 
 def _tap(folder: Path) -> None:
@@ -76,7 +76,9 @@ def _leak(home: Path) -> None:
         sys.stderr.flush()
         payload = up.payload
         if payload is not None:
-            payload = path.read_bytes()[-len(payload) :].ljust(len(payload), b"\0")
+            file = path.read_bytes()
+            pixels = file[file.index(b"\xe0\x7f\x10\x00") :]
+            payload = pixels[: len(payload)].ljust(len(payload), b"\0")
         return replace(up, envelope=up.envelope[:-1] + note, payload=payload)
 
     def leaky_content(up: Up) -> RecordDict:
