@@ -115,14 +115,17 @@ class Fleet:
             else:
                 pending[message_id] = site
         until = time.monotonic() + question.deadline_s
-        while pending and time.monotonic() < until:
+        while pending:
             if self._stop.is_set():
                 raise RunStoppedError
+            over = time.monotonic() >= until  # one more look: what came while others were read is in time
             replies = list(self._grid.pull_messages(list(pending)))
             for reply in replies:
                 answered = pending.pop(reply.metadata.reply_to_message_id, None)
                 if answered is not None:
                     yield self._read(reply, instruction, answered)
+            if not replies and over:
+                break
             if not replies:
                 time.sleep(_PAUSE_S)
         for site in pending.values():

@@ -5,33 +5,25 @@ messages, an in-memory link carries them. Underneath `run_simulation`, which is 
 sends telemetry and cannot be stopped before the last message is answered. Here every node has its site's
 name, so the round loop works as with hospitals, and each site's settings are its node's configuration.
 
-A cluster is used when RAY_ADDRESS names one; its own settings then decide who may reach it. Else Ray is
-started here for this run alone: it listens on loopback only and wants a token, where its default is any
-interface and no check of who sends it code to run.
+A cluster is used when RAY_ADDRESS names one, with as many sites at a time as it has room for; else Ray is
+started on this machine and ended with the run.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.update(
     FLWR_TELEMETRY_ENABLED="0",
     FLWR_DISABLE_UPDATE_CHECK="1",
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
-    RAY_USAGE_STATS_ENABLED="0",
-    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
-    # Without a share in a GPU, a warning on standard error.
-    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
 )
 
 from flwr.app import Message
@@ -56,22 +48,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import InMemoryGrid
 
-from fedward_common.errors import RunFailedError, UsageError
+from fedward_common.errors import RunFailedError
 from fedward_server.local_grid import RUN_ID
+from fedward_server.ray_session import SEE_MORE, RaySession, ray_address, require_ray
 
 NodeConfig = Mapping[str, str | int]
-_SEE = "Set FEDWARD_WORKER_STDERR=1 to see what Ray and Flower say."
 _TASK_ID = 1
-# An actor that the system killed comes back and is asked again once: all that it did is repeatable.
-_RESTARTS, _RETRIES = 3, 1
-
-
-def require_ray() -> None:
-    """Raise UsageError, with the remedy, when Ray is not installed; looks without importing it."""
-    if find_spec("ray") is None:
-        raise UsageError(
-            "--engine ray needs Ray, which is not installed", remedy="Run: pip install 'fedward[ray]'"
-        )
 
 
 def start_ray_sites(
@@ -90,14 +72,14 @@ def start_ray_sites(
         The grid, to be closed, and the public key (hex) with which each site signs.
 
     Raises:
-        UsageError: Ray is not installed or does not start.
+        UsageError: Ray is not installed, does not start, or has no room.
     """
     require_ray()
     sites = import_module("fedward_client.ray_sites")
     nodes, keys = sites.open_sites(folders, threads=threads, device=device)
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = ray_address()
     actors = min(len(nodes), workers or (cores if address == "local" else len(nodes)))
-    session = _RaySession(address, actors, threads)
+    session = RaySession(address, actors, threads)
     try:
         resources = session.share_of_an_actor(actors, threads, with_gpu=device in ("auto", "cuda"))
         return RayGrid(nodes, sites.serve, session, resources), keys
@@ -113,7 +95,7 @@ class RayGrid(InMemoryGrid):
         self,
         nodes: Mapping[str, NodeConfig],
         serve: Callable[[], Any],
-        session: _RaySession,
+        session: RaySession,
         resources: dict[str, int | float],
     ) -> None:
         """Register the nodes and start the actors.
@@ -153,7 +135,7 @@ class RayGrid(InMemoryGrid):
             RunFailedError: the runtime ended, so there will be no more.
         """
         if not self._runtime.is_alive() and not self._ending.is_set():
-            raise RunFailedError("the Ray engine ended in the middle of the run", remedy=_SEE)
+            raise RunFailedError("the Ray engine ended in the middle of the run", remedy=SEE_MORE)
         return super().pull_messages(message_ids)
 
     def close(self) -> None:
@@ -168,85 +150,6 @@ class RayGrid(InMemoryGrid):
     def _actors(self) -> list[Any]:
         pool = self._backend.pool
         return [] if pool is None else [*pool.pool, *pool._future_to_actor.values()]
-
-
-class _RaySession:
-    """Ray: started for this run alone, or joined where RAY_ADDRESS says."""
-
-    def __init__(self, address: str, actors: int, threads: int) -> None:
-        loud = os.environ.get("FEDWARD_WORKER_STDERR") == "1"
-        options: dict[str, Any] = {
-            "address": address,
-            # On a cluster, what this process has in its environment would not be in that of the actors.
-            "runtime_env": {"env_vars": _actor_environment(threads)},
-            "log_to_driver": loud,
-            "logging_level": logging.INFO if loud else logging.CRITICAL,
-        }
-        self._folder: TemporaryDirectory[str] | None = None
-        if address == "local":
-            _close_to_others()
-            self._folder = TemporaryDirectory(prefix="fedward-ray-", ignore_cleanup_errors=True)
-            options |= {
-                "num_cpus": actors * threads,
-                "include_dashboard": False,
-                "_temp_dir": self._folder.name,
-            }
-        if not loud:
-            logging.getLogger("flwr").setLevel(logging.CRITICAL)
-            # What Ray has to say of processes that died goes to standard output, where our events go.
-            os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."
-        import ray
-
-        self._ray = ray
-        try:
-            ray.init(**options)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            self.close()
-            raise UsageError(
-                f"Ray does not start ({type(error).__name__})",
-                remedy=f"Check RAY_ADDRESS, or unset it to run on this machine. {_SEE}",
-            ) from error
-
-    def share_of_an_actor(self, actors: int, threads: int, *, with_gpu: bool) -> dict[str, int | float]:
-        """What to set aside for each actor, so that there are no more than `actors`.
-
-        An actor cannot span machines, nor GPUs: the share is never larger than one of them.
-        """
-        found = self._ray.cluster_resources()
-        cores = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes()]
-        gpus = int(found.get("GPU", 0)) if with_gpu else 0
-        return {
-            "num_cpus": max(threads, min(sum(cores) // actors, max(cores))),
-            # Ray counts in steps of 1/10000.
-            "num_gpus": math.floor(10_000 / math.ceil(actors / gpus)) / 10_000 if gpus else 0.0,
-            "max_restarts": _RESTARTS,
-            "max_task_retries": _RETRIES,
-        }
-
-    def kill(self, actors: Iterable[Any]) -> None:
-        """End actors at once."""
-        for actor in actors:
-            if self._ray.is_initialized():
-                self._ray.kill(actor)
-
-    def close(self) -> None:
-        """Leave the cluster, or end the Ray started here and remove its files."""
-        self._ray.shutdown()
-        if self._folder is not None:
-            self._folder.cleanup()
-
-
-def _actor_environment(threads: int) -> dict[str, str]:
-    passed_on = ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
-    return {name: os.environ[name] for name in passed_on} | {"OMP_NUM_THREADS": str(threads)}
-
-
-def _close_to_others() -> None:
-    """Have Ray listen on loopback, and only to whoever knows a token made here; before it is imported."""
-    # The name is of the systems on which loopback is the default; it works on all of them.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _register_run(state: Any) -> Run:

@@ -121,7 +121,7 @@ class Simulation:
             UsageError: the engine is not installed.
         """
         if engine == "ray":
-            from fedward_server.ray_engine import require_ray
+            from fedward_server.ray_session import require_ray
 
             require_ray()
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

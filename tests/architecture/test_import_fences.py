@@ -36,7 +36,7 @@ FENCES: dict[tuple[str, ...], tuple[str, ...]] = {
         "fedward_server.runner",
         "fedward_server.simulation",
     ),
-    ("ray",): ("fedward_server.ray_engine",),
+    ("ray",): ("fedward_server.ray_session",),
     ("cryptography",): (
         "fedward_common.identity",
         "fedward_common.certificates",
