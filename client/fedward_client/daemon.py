@@ -80,7 +80,10 @@ def run_site(home: SiteHome, *, warm: bool, ready: Callable[[str], None]) -> Non
 
     def connect() -> FleetConnection:
         # read anew at every attempt: a renewed certificate counts without a restart
-        member = load_identity(home.identity)
+        try:
+            member = load_identity(home.identity)
+        except IdentityError as error:  # perhaps half copied: the next attempt may find it whole
+            raise ConnectionError("own keys or certificate cannot be used") from error
         return FleetConnection(config.server, client_context(member), member.node_key)
 
     node = SiteNode(connect, client_app(session), session.cancel, _report)

@@ -35,7 +35,7 @@ _MAX_WATCHERS = 24  # each holds a thread; the rest stay free for calls that end
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
     ("grpc.max_receive_message_length", 4_200_000),  # a signed plan has 4,000,000 bytes at most
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 

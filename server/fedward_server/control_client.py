@@ -120,6 +120,7 @@ class ControlClient:
         lost_at: float | None = None
         while True:
             request = control_pb2.WatchRequest(run_id=run_id, after=after)
+            opened_at = time.monotonic()
             try:
                 for document in self._stub.Watch(request):
                     event = Event.model_validate_json(document.json)
@@ -128,9 +129,11 @@ class ControlClient:
                 return
             except grpc.RpcError as error:
                 failure = self._translated(error)
-                lost_at = lost_at or time.monotonic()
+                now = time.monotonic()
+                # An attempt that lasted so long had connected: a round can be silent for hours.
+                lost_at = now if lost_at is None or now - opened_at > _PATIENCE_S else lost_at
                 started = after > 0 and isinstance(failure, ConnectionLostError)
-                if not started or time.monotonic() - lost_at > _PATIENCE_S:
+                if not started or now - lost_at > _PATIENCE_S:
                     raise failure from error
             self._pause(_PAUSE_S)
 

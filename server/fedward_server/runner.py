@@ -21,7 +21,7 @@ os.environ.update(
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
 )
 
-from fedward_common.errors import FederationError
+from fedward_common.errors import FederationError, StorageError
 from fedward_common.federation import read_federation
 from fedward_common.plan import parse_signed_plan
 from fedward_common.state_payload import state_bytes
@@ -44,7 +44,10 @@ def main() -> None:
         return
     stop = threading.Event()
     threading.Thread(target=_listen, args=(stop,), daemon=True, name="orders").start()
-    execute(json.loads(line), stop)
+    try:
+        execute(json.loads(line), stop)
+    except StorageError as error:  # the end of the run cannot be recorded from here; the server will
+        sys.exit(error.exit_code)
 
 
 def execute(assignment: dict[str, Any], stop: threading.Event) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from fedward_common.errors import UsageError
+from fedward_common.files import write_atomically
 
 _DONE = "written.json"
 _NAME = r"[a-z0-9][a-z0-9_.-]{0,62}"  # as in a plan or a certificate
@@ -69,17 +71,24 @@ def prepare_folders(
     }
     folders = {name: out / name for name in names}
     done = out / _DONE
-    if done.is_file():
-        before = json.loads(done.read_text())
-        if before["wanted"] == wanted:
-            return SiteFolders(before["kind"], folders)
+    if (kind := _written_before(done, wanted)) is not None:
+        return SiteFolders(kind, folders)
     synthetic = import_module("fedward_client.dicom.synthetic")
     if source is None:
         written = synthetic.write_phantom_sites(out, names, seed=seed)
     else:
         written = synthetic.write_npz_sites(source, out, names, seed=seed, limit=limit)
-    done.write_text(json.dumps({"wanted": wanted, "kind": written.kind}))
+    write_atomically(done, json.dumps({"wanted": wanted, "kind": written.kind}).encode(), 0o644)
     return SiteFolders(written.kind, folders)
+
+
+def _written_before(done: Path, wanted: dict[str, Any]) -> str | None:
+    """What an earlier call wrote, if it was just this; a note that cannot be read is not believed."""
+    try:
+        note = json.loads(done.read_bytes())
+        return str(note["kind"]) if note["wanted"] == wanted else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _given(data: Path, out: Path, num_sites: int) -> SiteFolders:

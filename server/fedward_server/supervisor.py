@@ -3,7 +3,8 @@
 A warm runner waits while nothing happens, so that a launch costs no imports. A run's process may fail,
 hang or be killed: the run then ends with a reason that says so and can be resumed after its last
 committed round. If the server itself dies, its runners end too, and the next start finds their runs
-"interrupted". Whoever starts, stops or resumes a run is in the audit log before it happens.
+"interrupted". Whoever starts, stops or resumes a run is in the audit log before it happens. A run that
+ends because the disk is full is recorded with space put aside for that; without any, as soon as there is.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from fedward_common.audit import AuditLog
-from fedward_common.errors import FederationError, UsageError
+from fedward_common.errors import AuditError, FederationError, StorageError, UsageError
 from fedward_common.federation import read_federation
 from fedward_common.identity import verify_plan
 from fedward_common.plan import SignedPlan
 from fedward_server.config import ServerHome
+from fedward_server.disk_reserve import DiskReserve
 from fedward_server.home_lock import only_server
 from fedward_server.run_records import ACTIVE, RunInfo, RunStatus
 from fedward_server.runner_process import COMMAND, RunnerProcess, how_it_ended
 from fedward_server.runs import RunStore
 
 _MAX_PAUSE_S = 60.0
+_RECORD_PAUSE_S = 2.0
+_LEAVING_S = 10.0  # a runner that has said how its run ended is gone after this long
 _log = logging.getLogger(__name__)
 
 
@@ -89,8 +93,10 @@ class RunSupervisor:
         self._config = home.config()
         home.prepare()
         self._lock_file = only_server(home)
+        self._reserve = DiskReserve(home.state / "reserve")
         self.store = RunStore(home.runs)
         self._audit = AuditLog(home.audit)
+        self._reserve.hold()
         self._lock = threading.RLock()
         self._warm: RunnerProcess | None = None
         self._going: dict[str, _Going] = {}
@@ -114,6 +120,7 @@ class RunSupervisor:
         signed = self._verified(signed_plan)
         with self._lock:
             self._check_room()
+            self._reserve.hold()
             self._check_unused(signed.digest)
             run_id = f"{signed.plan.name}-{secrets.token_hex(4)}"
             self._audit.append("run_started", run_id=run_id, plan=signed.digest, peer=by)
@@ -128,6 +135,9 @@ class RunSupervisor:
             UsageError: there is no such run, it is going, or it was completed; or no room for it now.
             PlanRefusedError: its plan has expired, or its signer is no longer a coordinator.
         """
+        leaving = self._going.get(run_id)
+        if leaving is not None and self.store.run(run_id).status not in ACTIVE:
+            leaving.runner.join(_LEAVING_S)
         with self._lock:
             info = self.store.run(run_id)
             if info.status in ACTIVE or info.status == "completed":
@@ -135,6 +145,7 @@ class RunSupervisor:
                     f"run {run_id} is {info.status}", remedy="Only a run that ended early can be resumed."
                 )
             self._check_room()
+            self._reserve.hold()
             self._verified(self.store.signed_plan(run_id))
             self._audit.append("run_resumed", run_id=run_id, plan=info.plan_digest, peer=by)
             self.store.reopen(run_id)
@@ -264,12 +275,36 @@ class RunSupervisor:
     def _record_end(self, going: _Going, code: int) -> None:
         status, reason = self._verdict(going, code)
         try:
-            self.store.finish(going.run_id, status, reason)
-            info = self.store.run(going.run_id)
-            self._audit.append("run_finished", run_id=going.run_id, outcome=info.status)
-            _log.info("run_ended", extra={"run_id": going.run_id, "status": info.status, "code": code})
+            self._write_end(going.run_id, status, reason, code)
         finally:
             self._flower.close_run(going.flower_run_id, stopped=not self._completed(going.run_id))
+
+    def _write_end(self, run_id: str, status: RunStatus, reason: str, code: int) -> None:
+        """Record how a run ended; when the disk has no space even for that, again and again."""
+        with self._lock:
+            if not self._written(lambda: self.store.finish(run_id, status, reason)):
+                _log.error("run_end_unrecorded", extra={"run_id": run_id, "delay_s": _RECORD_PAUSE_S})
+                if not self._closing:  # else the next start finds the run unfinished and says so
+                    retry = (run_id, status, reason, code)
+                    again = threading.Timer(_RECORD_PAUSE_S, self._write_end, retry)
+                    again.daemon = True
+                    again.start()
+                return
+            ended = self.store.run(run_id).status
+            if not self._written(lambda: self._audit.append("run_finished", run_id=run_id, outcome=ended)):
+                _log.error("run_end_not_audited", extra={"run_id": run_id})
+            _log.info("run_ended", extra={"run_id": run_id, "status": ended, "code": code})
+
+    def _written(self, write: Callable[[], object]) -> bool:
+        """Do one write, if need be with the space put aside; whether it was done."""
+        for _ in range(2):
+            try:
+                write()
+            except (StorageError, AuditError):
+                self._reserve.release()
+            else:
+                return True
+        return False
 
     def _verdict(self, going: _Going, code: int) -> tuple[RunStatus, str]:
         """How the run ended, should the runner not have said so itself."""
@@ -278,6 +313,11 @@ class RunSupervisor:
             return "interrupted", f"the server was shut down; {again}"
         if going.stop_asked:
             return "stopped", "stopped by a coordinator"
+        if code == StorageError.exit_code:
+            return "failed", (
+                "the run's record could not be written: the server's disk is full or not writable; "
+                f"what was committed is kept. Free space there, then {again}"
+            )
         return "failed", f"the run's process ended {how_it_ended(code)}; see the server's log, then {again}"
 
     def _completed(self, run_id: str) -> bool:

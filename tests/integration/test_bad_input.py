@@ -30,7 +30,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLSLossless,
+)
 
 from fedward_common.errors import CohortError, RefusalCode
 from fedward_common.identity import client_context, load_identity, node_public_key_pem, sign_plan
@@ -176,11 +182,23 @@ def a_jpeg2000_bomb(uid: str) -> bytes:
     return bytes(data)
 
 
-def a_run_length_bomb(uid: str) -> bytes:
-    """A segment of 2 MB that expands to 128 MB."""
-    frame = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\x00" * 1_000_000
-    elements = {"SOPInstanceUID": uid, "PatientID": "BOMB", "PixelData": encapsulate([frame])}
-    return encode(a_dataset(PIXELS, **elements), RLELossless)
+def a_jpeg_bomb(uid: str) -> bytes:
+    """The same with JPEG: 3600 million pixels."""
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, "JPEG")
+    jpeg = bytearray(stream.getvalue())
+    struct.pack_into(">HH", jpeg, jpeg.index(b"\xff\xc0") + 5, 60000, 60000)
+    elements = {"SOPInstanceUID": uid, "PatientID": "BOMB", "PixelData": encapsulate([bytes(jpeg)])}
+    return encode(a_dataset(PIXELS, **elements), JPEGBaseline8Bit)
+
+
+def a_damaged_codestream(uid: str) -> bytes:
+    """A JPEG-LS image of the right size whose second half is noise."""
+    dataset = a_dataset(PIXELS, SOPInstanceUID=uid, PatientID="BOMB")
+    dataset.compress(JPEGLSLossless, generate_instance_uid=False)
+    data = encode(dataset, JPEGLSLossless)
+    noise = random.Random(3).randbytes(len(data) // 4)
+    return data[: -len(noise)] + noise
 
 
 def nested_sequences(depth: int) -> bytes:
@@ -221,7 +239,8 @@ def labelled_bombs() -> dict[str, tuple[bytes, set[str]]]:
     """Images without fault in their headers, so that they have a row; found out when they are decoded."""
     return {
         a_uid("j2k"): (a_jpeg2000_bomb(a_uid("j2k")), {"codestream"}),
-        a_uid("rle"): (a_run_length_bomb(a_uid("rle")), {"codestream", "decode_failed"}),
+        a_uid("jpeg"): (a_jpeg_bomb(a_uid("jpeg")), {"codestream"}),
+        a_uid("jls"): (a_damaged_codestream(a_uid("jls")), {"decode_failed", "truncated"}),
     }
 
 
@@ -325,32 +344,36 @@ def test_a_site_with_unusable_labels_is_refused_by_number_and_the_others_go_on(
 
 
 @contextmanager
-def a_full_disk(federation: Federation) -> Iterator[None]:
-    """No space where the server keeps its state; without a disk of its own, no file of the run may grow."""
+def a_full_disk(federation: Federation, free_kb: int) -> Iterator[None]:
+    """Next to no space where the server keeps its state; without a disk of its own, files may not grow."""
     if federation.disk:
         ballast = federation.state / "ballast"
         with ballast.open("wb", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(bytes(4096))
+        os.truncate(ballast, max(0, ballast.stat().st_size - 1024 * free_kb))
         try:
             yield
         finally:
             ballast.unlink()
     else:
         for pid in children(federation.place.processes["server"].pid):
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, 4096))
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (1024 * free_kb, 1024 * free_kb))
         yield  # the next run has a process of its own, without the limit
 
 
-def test_a_full_disk_fails_the_run_with_a_reason_and_resume_completes_it(federation: Federation) -> None:
+@pytest.mark.parametrize("free_kb", [0, 120], ids=["no space at all", "no space for a checkpoint"])
+def test_a_full_disk_fails_the_run_with_a_reason_and_resume_completes_it(
+    federation: Federation, free_kb: int
+) -> None:
     place = federation.place
     run_id = federation.launch()
     place.events(run_id, is_committed(1))
-    with a_full_disk(federation):
+    with a_full_disk(federation, free_kb):
         report = finish(place, run_id)
 
         assert report["verdict"] == "failed"
-        assert "space" in report["reason"]
+        assert "ree space" in report["reason"]
         assert "fedward run resume" in report["reason"]
         whole = contributed(report)
         assert 1 in whole
@@ -362,7 +385,7 @@ def test_a_full_disk_fails_the_run_with_a_reason_and_resume_completes_it(federat
         client.resume(run_id)
     report = finish(place, run_id)
 
-    assert report["verdict"] == "completed"
+    assert report["verdict"] == "completed", report["reason"]
     assert digests(report) == federation.digests
 
 
@@ -384,8 +407,8 @@ def test_a_damaged_checkpoint_costs_a_round_and_not_a_bit(federation: Federation
     report = finish(place, run_id)
 
     assert "round-00002" in newest.name
-    assert [event.fields["round"] for event in events if event.kind == "round_started"] == [2, 3]
-    assert report["verdict"] == "completed"
+    assert [event.fields["round"] for event in events if event.kind == "round_started"] == [2, 3], events
+    assert report["verdict"] == "completed", report["reason"]
     assert digests(report) == federation.digests
 
 
