@@ -114,8 +114,8 @@ class PlanGate:
             base_digest: SHA-256 (hex) of the global weights sent for this round.
 
         Raises:
-            PlanRefusedError: an older round, the same one with another model, one beyond the plan's last,
-                or a run that was never accepted: ROUND_REPLAYED.
+            PlanRefusedError: an older round that was left out, one taken part in with another model, one
+                beyond the plan's last, or a run that was never accepted: ROUND_REPLAYED.
         """
         row = next((row for row in self._ledger.rows() if row.run_id == run_id), None)
         is_known = row is not None and 1 <= round_index <= self._stored(row.digest).plan.rounds

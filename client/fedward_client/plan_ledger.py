@@ -2,7 +2,8 @@
 
 A small SQLite file, because the daemon and the operator's commands use it at the same time, and because
 each answer must be on the disk before it is acted on. One row a plan; a plan is bound to the first run
-that uses it and to no other, ever, and a run is bound to one plan.
+that uses it and to no other, ever, and a run is bound to one plan. One row a round taken part in, with
+the one model that this site ever trained in it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from fedward_common.errors import PolicyError
 
-_SCHEMA = """
+_SCHEMA = (
+    """
 CREATE TABLE IF NOT EXISTS plans (
   digest TEXT PRIMARY KEY,
   received TEXT NOT NULL,
@@ -26,7 +28,16 @@ CREATE TABLE IF NOT EXISTS plans (
   last_round INTEGER NOT NULL DEFAULT 0,
   base_digest TEXT NOT NULL DEFAULT ''
 ) STRICT
-"""
+""",
+    """
+CREATE TABLE IF NOT EXISTS rounds (
+  run_id TEXT NOT NULL,
+  round_index INTEGER NOT NULL,
+  base_digest TEXT NOT NULL,
+  PRIMARY KEY (run_id, round_index)
+) STRICT
+""",
+)
 _COLUMNS = "digest, received, approved, run_id, last_round, base_digest"
 
 
@@ -85,14 +96,22 @@ class PlanLedger:
             return bound.rowcount == 1
 
     def enter_round(self, run_id: str, round_index: int, base_digest: str) -> bool:
-        """Enter a round of a bound run; False when it is neither newer nor the same one again."""
+        """Enter a round of a bound run; False when it is neither newer nor one entered with this model.
+
+        A server that lost its newest model goes back and asks for rounds again. With the same model the
+        answer is the same as before and tells it nothing new; with another it is refused.
+        """
         with self._transaction() as database:
-            entered = database.execute(
-                "UPDATE plans SET last_round = ?1, base_digest = ?2 WHERE run_id = ?3"
-                " AND (last_round < ?1 OR (last_round = ?1 AND base_digest = ?2))",
+            newer = database.execute(
+                "UPDATE plans SET last_round = ?1, base_digest = ?2 WHERE run_id = ?3 AND last_round < ?1",
                 (round_index, base_digest, run_id),
             )
-            return entered.rowcount == 1
+            entry = (run_id, round_index, base_digest)
+            if newer.rowcount == 1:
+                database.execute("INSERT INTO rounds VALUES (?, ?, ?)", entry)
+                return True
+            entered = "SELECT 1 FROM rounds WHERE run_id = ? AND round_index = ? AND base_digest = ?"
+            return database.execute(entered, entry).fetchone() is not None
 
     def row(self, digest: str) -> LedgerRow | None:
         """One plan, None if it was never entered."""
@@ -113,7 +132,8 @@ class PlanLedger:
                 # EXTRA also flushes the folder once the journal is deleted: a commit survives a power cut.
                 database.execute("PRAGMA synchronous = EXTRA")
                 database.execute("BEGIN IMMEDIATE")
-                database.execute(_SCHEMA)
+                for statement in _SCHEMA:
+                    database.execute(statement)
                 yield database
                 database.execute("COMMIT")
             finally:

@@ -103,18 +103,21 @@ class Fleet:
             RunStoppedError: the run was stopped while waiting.
         """
         online = self.online()
+        named = list(sites)
         instruction = self._instruction(question)
-        pending: dict[str, str] = {}
-        for site in sites:
-            if site not in online:
-                yield Answer(site, RefusalCode.SITE_OFFLINE)
-                continue
-            message_id = self._send(online[site], instruction, question)
-            if message_id is None:
-                yield Answer(site, RefusalCode.SITE_LOST)
-            else:
-                pending[message_id] = site
-        until = time.monotonic() + question.deadline_s
+        yield from (Answer(site, RefusalCode.SITE_OFFLINE) for site in named if site not in online)
+        reachable = [site for site in named if site in online]
+        sent = self._send([online[site] for site in reachable], instruction, question)
+        yield from (
+            Answer(site, RefusalCode.SITE_LOST)
+            for site, key in zip(reachable, sent, strict=True)
+            if key is None
+        )
+        pending = {key: site for site, key in zip(reachable, sent, strict=True) if key is not None}
+        yield from self._collect(pending, instruction, time.monotonic() + question.deadline_s)
+
+    def _collect(self, pending: dict[str, str], instruction: Instruction, until: float) -> Iterator[Answer]:
+        """Answers to the messages in `pending` (id -> site) as they come; late ones at the end."""
         while pending:
             if self._stop.is_set():
                 raise RunStoppedError
@@ -142,16 +145,21 @@ class Fleet:
             split=question.split,
         )
 
-    def _send(self, node_id: int, instruction: Instruction, question: Question) -> str | None:
+    def _send(self, nodes: list[int], instruction: Instruction, question: Question) -> list[str | None]:
+        """Send to all nodes at once, the content a single time; ids in the nodes' order, None for none."""
         content = down_content(Down(canonical_bytes(instruction), self._document, question.payload))
-        message = Message(
-            content,
-            node_id,
-            _MESSAGE_TYPES[question.action],
-            group_id=str(question.round_index),
-            ttl=question.deadline_s + 60,
-        )
-        return next(iter(self._grid.push_messages([message])), None)
+        messages = [
+            Message(
+                content,
+                node_id,
+                _MESSAGE_TYPES[question.action],
+                group_id=str(question.round_index),
+                ttl=question.deadline_s + 60,
+            )
+            for node_id in nodes
+        ]
+        ids: list[str | None] = list(self._grid.push_messages(messages)) if messages else []
+        return ids + [None] * (len(nodes) - len(ids))
 
     def _read(self, reply: Message, instruction: Instruction, site: str) -> Answer:
         if reply.has_error():

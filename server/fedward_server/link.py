@@ -50,6 +50,7 @@ from fedward_common.identity import Identity, node_public_key_pem, peer_of
 from fedward_server.listeners import (
     PEER,
     App,
+    BoundedBody,
     Listener,
     LongPoll,
     News,
@@ -99,7 +100,9 @@ class Link:
         instructions, replies = News(), News()
         register = _Registrar(self._state, trusted_sites)
         sites = uvicorn.Config(
-            OnlyPaths("/v1/fleet/", register.guard(LongPoll(app, awaits=instructions, tells=replies))),
+            OnlyPaths(
+                "/v1/fleet/", register.guard(BoundedBody(LongPoll(app, awaits=instructions, tells=replies)))
+            ),
             host=host,
             port=port,
             lifespan="off",
@@ -116,7 +119,7 @@ class Link:
             timeout_graceful_shutdown=1,
         )
         local = uvicorn.Config(
-            OnlyPaths("/v1/runtime/", LongPoll(app, awaits=replies, tells=instructions)),
+            OnlyPaths("/v1/runtime/", BoundedBody(LongPoll(app, awaits=replies, tells=instructions))),
             host="127.0.0.1",
             port=0,
             log_config=None,

@@ -1,8 +1,9 @@
 """HTTP listeners for the SuperLink: who is calling, which paths exist, and requests that wait for news.
 
 Nothing here knows Flower. `OnlyPaths` answers 404 to all but one prefix; `PeerProtocol` hands the
-client's certificate to the application, which uvicorn does not; `LongPoll` holds a request for messages
-until there is one, so that neither sites nor ServerApp poll.
+client's certificate to the application, which uvicorn does not; `BoundedBody` refuses what is larger than
+any message; `LongPoll` holds a request for messages until there is one, so that neither sites nor
+ServerApp poll.
 """
 
 from __future__ import annotations
@@ -75,6 +76,33 @@ class OnlyPaths:
                 await answer(send, 404)
 
 
+class BoundedBody:
+    """Reads a request's whole body, as the application would, but not more than `MAX_BODY`: 413."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = await _read_body(receive)
+        if body is None:
+            await answer(send, 413)
+            return
+        read = False
+
+        async def replay() -> MutableMapping[str, Any]:
+            nonlocal read
+            if read:
+                return await receive()
+            read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, send)
+
+
 class News:
     """Wakes held pulls when something was pushed."""
 
@@ -117,10 +145,7 @@ class LongPoll:
                 self._tells.tell()
 
     async def _held(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _read_body(receive)
-        if body is None:
-            await answer(send, 413)
-            return
+        body = (await receive()).get("body", b"")  # whole: see BoundedBody
         until = asyncio.get_running_loop().time() + HOLD_S
         while True:
             pause = self._awaits.wait(max(0.0, until - asyncio.get_running_loop().time()))
@@ -156,10 +181,12 @@ async def _ask(app: App, scope: Scope, body: bytes) -> list[MutableMapping[str, 
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The request's body, or None when it is larger than any pull can be."""
+    """The request's body, or None when it is larger than any message can be or was broken off."""
     body = bytearray()
     while True:
         part = await receive()
+        if part["type"] == "http.disconnect":
+            return None
         body += part.get("body", b"")
         if len(body) > MAX_BODY:
             return None
@@ -168,8 +195,9 @@ async def _read_body(receive: Receive) -> bytes | None:
 
 
 async def answer(send: Send, status: int) -> None:
-    """Answer with a status and nothing else."""
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    """Answer with a status and nothing else, and end the connection: what follows is not read."""
+    headers = [(b"content-length", b"0"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
 
 

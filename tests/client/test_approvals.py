@@ -360,6 +360,18 @@ def test_round_may_be_repeated_with_the_same_model_also_after_a_restart(running:
     assert running.gate.plans()[0].last_round == 2
 
 
+def test_older_round_may_be_repeated_with_its_own_model_when_the_server_goes_back(running: Site) -> None:
+    running.gate.admit_round(RUN, 2, BASE)
+    running.gate.admit_round(RUN, 3, OTHER_BASE)
+
+    running.gate.admit_round(RUN, 2, BASE)
+    running.gate.admit_round(RUN, 3, OTHER_BASE)
+
+    assert round_refusal(running, RUN, 2, OTHER_BASE) == RefusalCode.ROUND_REPLAYED
+    assert round_refusal(running, RUN, 3, BASE) == RefusalCode.ROUND_REPLAYED
+    assert running.gate.plans()[0].last_round == 3
+
+
 @pytest.mark.parametrize(("index", "base"), [(2, OTHER_BASE), (1, BASE), (1, OTHER_BASE)])
 def test_round_is_refused_when_it_is_older_or_has_another_model(running: Site, index: int, base: str) -> None:
     running.gate.admit_round(RUN, 2, BASE)
