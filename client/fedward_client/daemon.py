@@ -12,11 +12,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedward_client import health
 from fedward_client.approvals import PlanGate
-from fedward_client.config import SiteHome, load_config
+from fedward_client.config import SiteConfig, SiteHome, load_config
 from fedward_client.outbound import OutboundDoor
 from fedward_client.policy import load_policy
 from fedward_client.pseudonyms import load_pseudonym_key
@@ -26,7 +26,10 @@ from fedward_client.worker_process import WorkerProcess
 from fedward_common import logs
 from fedward_common.audit import AuditLog
 from fedward_common.errors import IdentityError
-from fedward_common.identity import client_context, load_identity, sign
+from fedward_common.identity import Identity, client_context, load_identity, sign
+
+if TYPE_CHECKING:
+    from fedward_client.node import SiteNode
 
 LOG_FILE = "site.log"
 _HEALTH_S = 10.0
@@ -59,34 +62,12 @@ def run_site(home: SiteHome, *, warm: bool, ready: Callable[[str], None]) -> Non
             f"certificate of {identity.peer.role} {identity.peer.name}, site.toml says site {config.name}",
             remedy="Correct `name` in site.toml; find out what else is wrong with: fedward-site doctor",
         )
-    policy = load_policy(home.policy)
     load_pseudonym_key(home.root)
     audit = AuditLog(home.audit)
-
-    from fedward_client.app import client_app
-    from fedward_client.node import FleetConnection, SiteNode
-
-    logs.configure(home.root / LOG_FILE, site=config.name)  # after Flower, which installs a handler
     worker = WorkerProcess()
-    session = SiteSession(
-        SiteSettings(
-            config.name, SiteData(home.root, config.dicom, config.labels), config.threads, config.device
-        ),
-        PlanGate(home, identity.federation, audit),
-        OutboundDoor(config.name, lambda body: sign(identity, body), audit.append, policy.limits.min_cases),
-        worker,
-        _report,
-    )
-
-    def connect() -> FleetConnection:
-        # read anew at every attempt: a renewed certificate counts without a restart
-        try:
-            member = load_identity(home.identity)
-        except IdentityError as error:  # perhaps half copied: the next attempt may find it whole
-            raise ConnectionError("own keys or certificate cannot be used") from error
-        return FleetConnection(config.server, client_context(member), member.node_key)
-
-    node = SiteNode(connect, client_app(session), session.cancel, _report)
+    session = _session(home, config, identity, audit, worker)
+    node = _node(home, config, session)
+    logs.configure(home.root / LOG_FILE, site=config.name)  # after Flower, which installs a handler
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
@@ -102,6 +83,34 @@ def run_site(home: SiteHome, *, warm: bool, ready: Callable[[str], None]) -> Non
         ended.set()
         session.close()
         audit.append("stopped", pid=os.getpid())
+
+
+def _session(
+    home: SiteHome, config: SiteConfig, identity: Identity, audit: AuditLog, worker: WorkerProcess
+) -> SiteSession:
+    """The gate, the door and the worker of this site."""
+    data = SiteData(home.root, config.dicom, config.labels)
+    floor = load_policy(home.policy).limits.min_cases
+    return SiteSession(
+        SiteSettings(config.name, data, config.threads, config.device),
+        PlanGate(home, identity.federation, audit),
+        OutboundDoor(config.name, lambda body: sign(identity, body), audit.append, floor),
+        worker,
+        _report,
+    )
+
+
+def _node(home: SiteHome, config: SiteConfig, session: SiteSession) -> SiteNode:
+    """The Flower node that hands messages to `session`."""
+    from fedward_client.app import client_app
+    from fedward_client.node import FleetConnection, SiteNode
+
+    def connect() -> FleetConnection:
+        # read anew at every attempt: a renewed certificate counts without a restart
+        member = load_identity(home.identity)
+        return FleetConnection(config.server, client_context(member), member.node_key)
+
+    return SiteNode(connect, client_app(session), session.cancel, _report)
 
 
 def _keep(home: SiteHome, session: SiteSession, ended: threading.Event) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -241,25 +243,39 @@ def test_a_stopped_worker_is_gone_and_starts_again_when_it_is_asked() -> None:
 
 
 _PARENT = """
-import sys
+import json, sys, threading
 from fedward_client.worker_process import WorkerProcess
 worker = WorkerProcess()
-worker.start()
+opening = json.loads(sys.argv[1])
+worker.call(opening)
+_, first = worker.call({"op": "initial", "plan": opening["plan"]})
+request = {"op": "baseline", "site": opening["site"], "round_index": 0, "split": "test"}
+threading.Thread(target=worker.call, args=(request, bytes(first)), daemon=True).start()
 print(worker.pid, flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_worker_ends_when_its_daemon_is_killed() -> None:
+def seconds_of_work(pid: int) -> float:
+    """Processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_worker_in_the_middle_of_training_ends_when_its_daemon_is_killed(site: SiteData) -> None:
     parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _PARENT, json.dumps(open_request(site, ENDLESS))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        assert alive(pid)
+        before = seconds_of_work(pid)
+        wait_for(lambda: seconds_of_work(pid) > before + 0.3, "training to be under way")
         parent.kill()
-    wait_for(lambda: not alive(pid), "the orphan to end")
+    wait_for(lambda: not alive(pid), "the orphan to end", patience_s=10)
 
 
 # --- a worker that cannot be trusted ----------------------------------------------------------------------

@@ -64,6 +64,17 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "a word beside the envelope": {
         "envelope": ConfigRecord({"body": b"{}", "signature": "ab" * 64, "note": "DOE JOHN"})
     },
+    "two payloads": {
+        "envelope": ConfigRecord({"body": b"{}", "signature": "ab" * 64, "payload": b"1"}),
+        "payload": flat(b"1234"),
+    },
+    "payload is text": {
+        "envelope": ConfigRecord({"body": b"{}", "signature": "ab" * 64, "payload": "DOE JOHN"})
+    },
+    "payload is a number": {"envelope": ConfigRecord({"body": b"{}", "signature": "ab" * 64, "payload": 7})},
+    "payload too large": {
+        "envelope": ConfigRecord({"body": b"{}", "signature": "ab" * 64, "payload": bytes(1001)})
+    },
     "payload is a config": {"envelope": None, "payload": ConfigRecord({"flat": b"1234"})},
     "payload has another name": {
         "envelope": None,
@@ -83,7 +94,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", MALFORMED)
 def test_message_of_any_other_form_is_refused(case: str) -> None:
-    fine = up_content(UP)
+    fine = up_content(Up(UP.envelope, UP.signature, None))
     records = {name: fine[name] if record is None else record for name, record in MALFORMED[case].items()}
     with pytest.raises(PayloadError) as caught:
         read_up(a_message(RecordDict(records)), max_payload=1000)
@@ -91,11 +102,25 @@ def test_message_of_any_other_form_is_refused(case: str) -> None:
 
 
 def test_message_to_a_site_with_a_word_too_many_is_refused() -> None:
-    for record in ("instruction", "plan"):
-        content = down_content(DOWN)
-        content[record] = ConfigRecord({"body": b"{}", "code": "import os"})
-        with pytest.raises(PayloadError):
-            read_down(a_message(content), max_payload=1000)
+    content = down_content(DOWN)
+    content["instruction"] = ConfigRecord({"body": b"{}", "plan": b"{}", "code": "import os"})
+    with pytest.raises(PayloadError):
+        read_down(a_message(content), max_payload=1000)
+    content["instruction"] = ConfigRecord({"body": b"{}"})
+    with pytest.raises(PayloadError):
+        read_down(a_message(content), max_payload=1000)
+    content = down_content(DOWN)
+    content["code"] = ConfigRecord({"body": b"import os"})
+    with pytest.raises(PayloadError):
+        read_down(a_message(content), max_payload=1000)
+
+
+def test_a_form_without_payload_is_read_so_that_the_cases_above_fail_for_their_own_reason() -> None:
+    assert read_up(a_message(up_content(Up(UP.envelope, UP.signature, None))), max_payload=0).payload is None
+    large = RecordDict({**up_content(Up(UP.envelope, UP.signature, None)), "payload": flat(b"1234")})
+    assert read_up(a_message(large), max_payload=4).payload == b"1234"
+    with pytest.raises(PayloadError, match="4 bytes, 3 at most"):
+        read_up(a_message(large), max_payload=3)
 
 
 def test_message_that_carries_an_error_instead_of_content_is_refused() -> None:
@@ -108,7 +133,7 @@ VALUES = st.one_of(
     st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=5), st.binary(max_size=5), st.booleans()
 )
 RECORDS = st.one_of(
-    st.dictionaries(st.sampled_from(["body", "signature", "x"]), VALUES, max_size=3).map(
+    st.dictionaries(st.sampled_from(["body", "signature", "plan", "payload", "x"]), VALUES, max_size=4).map(
         lambda values: ConfigRecord(dict(values))
     ),
     st.dictionaries(st.sampled_from(["body", "flat"]), st.integers(0, 9), max_size=2).map(

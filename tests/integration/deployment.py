@@ -113,9 +113,10 @@ class Deployment:
         raise AssertionError(f"the run ended first: {seen[-1]}")
 
     def finish(self, run_id: str) -> dict[str, Any]:
-        """Wait for the end of a run; its report."""
-        self.events(run_id, lambda event: event.kind == "finished")
+        """Wait until a run has ended, for the last time if it was resumed; its report."""
         with self.client() as client:
+            for _ in client.watch(run_id):
+                pass
             return dict(json.loads(client.report(run_id)))
 
     def _spawn(self, name: str, *command: str) -> None:

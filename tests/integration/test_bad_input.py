@@ -13,6 +13,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import socket
 import ssl
 import struct
@@ -93,14 +94,6 @@ def launch(place: Deployment, **tables: Any) -> str:
         return client.launch(signed.to_bytes()).run_id
 
 
-def finish(place: Deployment, run_id: str) -> dict[str, Any]:
-    """Wait until a run has ended, for the last time if it was resumed; its report."""
-    with place.client() as client:
-        for _ in client.watch(run_id):
-            pass
-        return dict(json.loads(client.report(run_id)))
-
-
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     with a_deployment(tmp_path_factory.mktemp("bad-input"), cases_per_site=40) as place:
@@ -111,7 +104,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
             for name in NAMES:
                 place.start_site(name)
             place.await_sites(*NAMES)
-            report = finish(place, launch(place))
+            report = place.finish(launch(place))
             assert contributed(report) == EVERYONE
             yield Federation(place, digests(report), disk)
             for name in list(place.processes):
@@ -123,9 +116,9 @@ def a_small_disk(folder: Path) -> Iterator[bool]:
     """Mount one over `folder` where that is permitted; whether it was."""
     folder.mkdir(mode=0o700)
     options = f"size={DISK_MB}m,mode=0700"
-    mounted = os.geteuid() == 0 and not subprocess.call(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], stderr=subprocess.DEVNULL
-    )
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    may_mount = os.geteuid() == 0 and shutil.which("mount") is not None
+    mounted = may_mount and not subprocess.call(mount, stderr=subprocess.DEVNULL)
     try:
         yield mounted
     finally:
@@ -154,8 +147,6 @@ def peak_mb(pid: int) -> float:
     (line,) = [each for each in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmHWM" in each]
     return int(line.split()[1]) / 1024
 
-
-# --- images -----------------------------------------------------------------------------------------
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
 
@@ -255,7 +246,7 @@ def test_damaged_images_are_quarantined_with_a_reason_and_change_nothing(federat
         file.writelines(f"{uid},0,train\n" for uid in bombs)
     os.mkfifo(folder / "pipe.dcm")
     (folder / "link.dcm").symlink_to(place.images("site-2") / "dicom")
-    report = finish(place, federation.launch())
+    report = place.finish(federation.launch())
     shown = json.loads(call(*SITE, "cohort", "show", "--json", "--home", str(place.home("site-1"))).stdout)
     found = {each["content"]: each for each in shown["quarantine"]}
     peaks = {name: peak_mb(children(place.processes[name].pid)[0]) for name in NAMES}
@@ -269,9 +260,6 @@ def test_damaged_images_are_quarantined_with_a_reason_and_change_nothing(federat
         assert item["remedy"], name
     assert sum(int(count) for count in shown["counts"]["modality"].values()) == 40
     assert peaks["site-1"] < max(peaks["site-2"], peaks["site-3"]) + 200
-
-
-# --- labels -----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -329,7 +317,7 @@ def test_a_site_with_unusable_labels_is_refused_by_number_and_the_others_go_on(
     patience = {"quorum": 2, "deadline_s": 60, "gather_s": 1}
     with labels_changed(federation.place, "site-3", lambda rows: [*rows, rows[4]]):
         run_id = federation.launch(rounds=1, participation=patience)
-        report = finish(federation.place, run_id)
+        report = federation.place.finish(run_id)
 
     assert report["verdict"] == "completed"
     assert contributed(report) == {1: ["site-1", "site-2"]}
@@ -338,9 +326,6 @@ def test_a_site_with_unusable_labels_is_refused_by_number_and_the_others_go_on(
     assert {key: absent[key] for key in refused} == refused
     (row,) = [site for site in report["rounds"][-1]["sites"] if site["site"] == "site-3"]
     assert (row["status"], row["code"]) == ("refused", refused["code"])
-
-
-# --- disk and checkpoints ---------------------------------------------------------------------------
 
 
 @contextmanager
@@ -370,7 +355,7 @@ def test_a_full_disk_fails_the_run_with_a_reason_and_resume_completes_it(
     run_id = federation.launch()
     place.events(run_id, is_committed(1))
     with a_full_disk(federation, free_kb):
-        report = finish(place, run_id)
+        report = place.finish(run_id)
 
         assert report["verdict"] == "failed"
         assert "ree space" in report["reason"]
@@ -383,7 +368,7 @@ def test_a_full_disk_fails_the_run_with_a_reason_and_resume_completes_it(
         }
     with place.client() as client:
         client.resume(run_id)
-    report = finish(place, run_id)
+    report = place.finish(run_id)
 
     assert report["verdict"] == "completed", report["reason"]
     assert digests(report) == federation.digests
@@ -395,7 +380,7 @@ def test_a_damaged_checkpoint_costs_a_round_and_not_a_bit(federation: Federation
     place.events(run_id, is_committed(2))
     with place.client() as client:
         client.stop(run_id)
-    assert finish(place, run_id)["verdict"] == "stopped"
+    assert place.finish(run_id)["verdict"] == "stopped"
     newest = max((federation.state / "checkpoints" / run_id).glob("*.safetensors"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -404,7 +389,7 @@ def test_a_damaged_checkpoint_costs_a_round_and_not_a_bit(federation: Federation
     with place.client() as client:
         client.resume(run_id)
         events = list(client.watch(run_id, after=seen))
-    report = finish(place, run_id)
+    report = place.finish(run_id)
 
     assert "round-00002" in newest.name
     assert [event.fields["round"] for event in events if event.kind == "round_started"] == [2, 3], events
@@ -416,8 +401,6 @@ def _last_sequence(place: Deployment, run_id: str) -> int:
     with place.client() as client:
         return list(client.watch(run_id))[-1].sequence
 
-
-# --- hostile traffic --------------------------------------------------------------------------------
 
 NUM_NOISY = 40
 BODY_MB = 300
@@ -435,7 +418,7 @@ def test_hostile_traffic_does_not_disturb_a_run(federation: Federation) -> None:
         answers = [oversized(place, path) for path in ("push-object", "pull-messages", "nothing-of-ours")]
         with place.client() as client:
             assert client.healthy()
-        report = finish(place, run_id)
+        report = place.finish(run_id)
 
     assert contributed(report) == EVERYONE
     assert digests(report) == federation.digests
