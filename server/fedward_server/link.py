@@ -21,6 +21,7 @@ import secrets
 import ssl
 import sys
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ from fedward_server.listeners import (
 )
 
 _CONCURRENCY = 512
+_HANDOVER_S = 10.0  # from a site's introduction to its activation, both in one request
 _log = logging.getLogger(__name__)
 
 
@@ -250,8 +252,10 @@ class _Registrar:
             name = peer_of(certificate).name
             self._state.create_node(NOOP_FLWR_AID, name, public_key, 0, name=name)
             return
-        self._state.deactivate_node(node_id)
         with self._state.lock:
+            self._state.deactivate_node(node_id)
+            # Activation follows in a moment; a runner that looks in between must not find the site gone.
+            self._state.nodes[node_id].online_until = time.time() + _HANDOVER_S
             for message in self._state.message_ins_store.values():
                 answered = message.metadata.message_id in self._state.message_ins_id_to_message_res_id
                 if message.metadata.dst_node_id == node_id and not answered:

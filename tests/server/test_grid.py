@@ -12,17 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_id,
     get_object_tree,
 )
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedward_client.node import FleetConnection
@@ -38,6 +40,7 @@ MAX_PAYLOAD = 1_000_000
 class Place:
     """A run with two connected sites."""
 
+    port: int
     grid: RunGrid
     north: FleetConnection
     south: FleetConnection
@@ -93,7 +96,7 @@ def place(folder: Path) -> Iterator[Place]:
         with open_grid(
             link.runtime_address, run.token, run.flower_run_id, 10, max_payload=MAX_PAYLOAD
         ) as grid:
-            yield Place(grid, *sites)
+            yield Place(link.port, grid, *sites)
     finally:
         for site_connection in sites:
             site_connection.close()
@@ -265,6 +268,22 @@ def test_a_reply_counts_for_the_question_that_the_server_recorded_whatever_it_sa
     found = place.collect(ids)
     assert found["north"].content["reply"]["n"] == 6
     assert found["south"].content["reply"]["n"] == 7
+
+
+def test_a_site_that_is_coming_back_is_not_given_up_before_it_is_there(place: Place, folder: Path) -> None:
+    ids = place.ask()
+    received(place.north)
+    north = load_identity(folder / "sites" / "north")
+    key = public_key_to_bytes(north.node_key.public_key())
+    with pytest.raises(httpx.HTTPStatusError):  # introduced, but not activated: the moment in between
+        place.north._client.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=0.001))
+    assert list(place.grid.pull_messages([ids["north"]])) == []
+    honest(place.south)
+    again = FleetConnection(f"127.0.0.1:{place.port}", client_context(north), north.node_key)
+    honest(again)
+    found = place.collect(ids)
+    again.close()
+    assert not any(reply.has_error() for reply in found.values())
 
 
 def test_an_answer_that_comes_after_nobody_wants_it_is_not_kept(place: Place) -> None:
