@@ -107,7 +107,10 @@ def _node(home: SiteHome, config: SiteConfig, session: SiteSession) -> SiteNode:
 
     def connect() -> FleetConnection:
         # read anew at every attempt: a renewed certificate counts without a restart
-        member = load_identity(home.identity)
+        try:
+            member = load_identity(home.identity)
+        except IdentityError as error:  # perhaps half copied: a later attempt may find it whole
+            raise ConnectionError("own keys or certificate cannot be used") from error
         return FleetConnection(config.server, client_context(member), member.node_key)
 
     return SiteNode(connect, client_app(session), session.cancel, _report)

@@ -23,7 +23,7 @@ from fedward_common.plan import parse_signed_plan
 
 CANARY = "DOE^JOHN"
 log = logging.getLogger("fedward_client.test")
-foreign = logging.getLogger("pydicom.test")
+foreign = logging.getLogger("somelibrary.test")
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +148,7 @@ def test_library_s_message_is_gone_for_every_handler_even_one_added_later() -> N
         foreign.removeHandler(late)
 
     assert theirs.getvalue() == "message_withheld\nmessage_withheld\n"
-    assert [line["logger"] for line in lines_of(ours)] == ["pydicom.test", "pydicom.test"]
+    assert [line["logger"] for line in lines_of(ours)] == ["somelibrary.test", "somelibrary.test"]
     assert CANARY not in ours.getvalue()
 
 

@@ -161,6 +161,10 @@ class Confined:
         yield f"mkdir -p {root}/etc {root}/dev/shm {root}/proc"
         hosts = " ".join(["localhost", *self.document["services"]])
         yield f"echo 127.0.0.1 {hosts} > {root}/etc/hosts"
+        # before the programs: the repository or its environment may itself lie in such a folder
+        for entry in self.service["tmpfs"]:
+            target, _, options = entry.partition(":")
+            yield f"mkdir -p {root}{target} && mount -t tmpfs -o {options} tmpfs {root}{target}"
         programs = [
             *_PROGRAMS,
             sys.base_prefix,
@@ -178,9 +182,6 @@ class Confined:
         yield f"mount --rbind /proc {root}/proc"
 
     def _mount_lines(self) -> Iterator[str]:
-        for entry in self.service["tmpfs"]:
-            target, _, options = entry.partition(":")
-            yield f"mkdir -p {self._root}{target} && mount -t tmpfs -o {options} tmpfs {self._root}{target}"
         mounts = [
             (mount["target"], self._source(mount), mount.get("read_only", False))
             for mount in self.service["volumes"]

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ class Reader:
                 self.services.append(
                     subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=log, stderr=log)
                 )
-            time.sleep(0.1)
+            self.awaits_ports()
             return ""
         words = [word.replace("RUN", self.run_id()) if word == "RUN" else word for word in shlex.split(line)]
         keyboard, terminal = os.openpty()
@@ -87,6 +89,14 @@ class Reader:
             words, cwd=ROOT, env=self.env, capture_output=True, text=True, check=False, timeout=900
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+    def awaits_ports(self) -> None:
+        """Until whatever was started as a service listens, so that the next command finds it."""
+        for port in map(int, self.replaced.values()):
+            for _ in range(600):
+                with suppress(OSError), socket.create_connection(("localhost", port), 1):
+                    break
+                time.sleep(0.1)
 
     def awaits_server(self) -> None:
         command = ["fedward", "sites", "--identity", "federation/coordinators/anna", "--json"]
