@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,20 @@ from fedward_server.config import ServerHome
 from fedward_server.runs import RunStore
 
 _HEARTBEAT_S = 10.0
+# What a run needs, loaded while there is nothing else to do; PyTorch makes the untrained model.
+_WARM = (
+    "torch",
+    "fedward_common.models",
+    "fedward_server.app",
+    "fedward_server.grid",
+    "fedward_server.reporting",
+)
 
 
 def main() -> None:
     """Warm up, wait for the assignment, run it."""
-    import torch  # noqa: F401  (makes the untrained model; loaded while there is nothing else to do)
-
-    import fedward_server.app  # noqa: F401
-
+    for module in _WARM:
+        import_module(module)
     line = sys.stdin.readline()
     if not line:
         return
