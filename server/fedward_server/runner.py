@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import threading
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,18 @@ from fedward_server.config import ServerHome
 from fedward_server.runs import RunStore
 
 _HEARTBEAT_S = 10.0
-# What a run needs, loaded while there is nothing else to do; PyTorch makes the untrained model.
-_WARM = (
-    "torch",
-    "fedward_common.models",
-    "fedward_server.app",
-    "fedward_server.grid",
-    "fedward_server.reporting",
-)
 
 
 def main() -> None:
     """Warm up, wait for the assignment, run it."""
-    for module in _WARM:
-        import_module(module)
+    # what a run needs, loaded while there is nothing else to do; PyTorch makes the untrained model
+    import torch  # noqa: F401
+
+    import fedward_common.models  # noqa: F401
+    import fedward_server.app
+    import fedward_server.grid
+    import fedward_server.reporting  # noqa: F401
+
     line = sys.stdin.readline()
     if not line:
         return
