@@ -13,6 +13,7 @@ import random
 import ssl
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,8 +24,9 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
-    PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
+    PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
@@ -44,6 +46,11 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedward_common.transfer import FLEET_PULL, FLEET_PUSH, bundled
+from fedward_common.transfer_pb2 import PullReply, PullRequest, PushReply, PushRequest
+
+_Reply = TypeVar("_Reply", PullReply, PushReply)
 
 HEARTBEAT_S = 10.0  # the least that Flower accepts; a killed site is noticed after two of them
 _POLL_S = 0.2
@@ -98,15 +105,17 @@ class FleetConnection:
 
     def pull(self) -> Message | None:
         """Wait for a message (the server holds the request for some seconds) and fetch its content."""
-        reply = self._client.PullMessages(PullMessagesRequest(node=self._node))
+        bundle = self._call(FLEET_PULL, PullRequest(node_id=self._node.node_id), PullReply)
+        reply = PullMessagesResponse.FromString(bundle.reply)
         if not reply.messages_list:
             return None
         envelope = message_from_proto(reply.messages_list[0])
         tree = reply.message_object_trees[0]
-        run_id = envelope.metadata.run_id
+        there = {each.object_id: each.content for each in bundle.objects}
+        fetch = make_pull_object_fn_protobuf(self._client.PullObject, self._node, envelope.metadata.run_id)
         message = pull_and_inflate_object_from_tree(
             tree,
-            make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id),
+            lambda object_id: there.pop(object_id, b"") or fetch(object_id),
             # Confirmed only with the reply: a site that dies in between is given the message again.
             lambda _: None,
             return_type=Message,
@@ -118,19 +127,25 @@ class FleetConnection:
         return message
 
     def push(self, reply: Message, seconds: float) -> None:
-        """Send a reply and the objects the server does not have yet."""
+        """Send a reply and the objects the server does not have yet; with the last, it is confirmed."""
         run_id = reply.metadata.run_id
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
-            answer = self._client.PushMessages(
-                PushMessagesRequest(
-                    node=self._node,
-                    messages_list=[message_to_proto(remove_content_from_message(reply))],
-                    message_object_trees=[tree],
-                    clientapp_runtime_list=[seconds],
-                )
+            request = PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[seconds],
             )
+            bundle = PushRequest(
+                node_id=self._node.node_id,
+                request=request.SerializeToString(),
+                objects=bundled(objects, lambda object_id: objects[object_id].deflate()),
+            )
+            answer = PushMessagesResponse.FromString(self._call(FLEET_PUSH, bundle, PushReply).reply)
+            if not answer.objects_to_push:
+                return
             push_objects(
                 objects,
                 make_push_object_fn_protobuf(self._client.PushObject, self._node, run_id, answer.session_id),
@@ -149,6 +164,9 @@ class FleetConnection:
         except httpx.HTTPStatusError:
             return False
         return True
+
+    def _call(self, path: str, request: PullRequest | PushRequest, kind: type[_Reply]) -> _Reply:
+        return self._client._unary_unary(path=path, rpc_method=path, request=request, response_type=kind)
 
     def close(self) -> None:
         """Tell the server that the site leaves, if it can be told, and close."""

@@ -5,8 +5,8 @@ the connection and the task's heartbeat are needed. Internals of Flower, held by
 
 Replies are made by sites, and Flower's own grid trusts them: it fetches them one after the other, waits
 minutes for an upload that stalls, and lets whatever a malformed one does to its parsers end the run. Here
-each reply is fetched in a thread of its own, is taken apart only when its size is what a reply can have,
-and whatever goes wrong is the loss of the site that sent it.
+a reply whose parts did not come along is fetched in a thread of its own, each is taken apart only when
+its size is what a reply can have, and whatever goes wrong is the loss of the site that sent it.
 """
 
 from __future__ import annotations
@@ -15,25 +15,43 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from flwr.app import Array, Error, Message, Metadata
-from flwr.app.message import make_message
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, SendTaskHeartbeatRequest
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PushAppMessagesRequest,
+    PushAppMessagesResponse,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.date import now
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_all_nested_objects,
     get_object_body,
     get_object_head_values_from_object_content,
+    get_object_tree,
     iterate_object_tree,
 )
-from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
+
+from fedward_common.transfer import RUNTIME_PULL, RUNTIME_PUSH, bundled
+from fedward_common.transfer_pb2 import PullReply, PullRequest, PushReply, PushRequest
+
+_Reply = TypeVar("_Reply", PullReply, PushReply)
 
 _LOOK_S = 0.25  # how long to wait for replies on their way before asking for more
 _DOCUMENTS = 8 * 2**20  # envelope, signature and Flower's own records, beside the payload
@@ -66,13 +84,51 @@ class RunGrid(HttpGrid):
         unannounced = wanted - self._on_the_way
         if not unannounced:
             return []
-        answer = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=sorted(unannounced)))
+        inner = PullAppMessagesRequest(message_ids=sorted(unannounced))
+        request = PullRequest(node_id=self.node.node_id, request=inner.SerializeToString())
+        bundle = self._call(RUNTIME_PULL, request, PullReply)
+        there = {each.object_id: each.content for each in bundle.objects}
+        answer = PullAppMessagesResponse.FromString(bundle.reply)
         for announced, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             reply_to = announced.metadata.reply_to_message_id
             self._on_the_way.add(reply_to)
-            arguments = (reply_to, announced.metadata.message_id, tree)
-            threading.Thread(target=self._fetch, args=arguments, daemon=True, name="reply").start()
+            own = {key: there[key] for key in _object_ids(tree) if key in there}
+            arguments = (reply_to, announced.metadata.message_id, tree, own)
+            if len(own) == len(_object_ids(tree)):
+                self._take(*arguments)
+            else:
+                threading.Thread(target=self._take, args=arguments, daemon=True, name="reply").start()
         return self._complete(wanted)
+
+    def _try_push_messages(self, run_id: int, messages: Iterable[Message]) -> list[str]:
+        """Push messages with their objects in one request; what does not fit follows one by one."""
+        messages = list(messages)
+        objects: dict[str, InflatableObject] = {}
+        for message in messages:
+            objects.update(get_all_nested_objects(message))
+        inner = PushAppMessagesRequest(
+            messages_list=[message_to_proto(remove_content_from_message(message)) for message in messages],
+            message_object_trees=[get_object_tree(message) for message in messages],
+        )
+        bundle = PushRequest(
+            node_id=self.node.node_id,
+            request=inner.SerializeToString(),
+            objects=bundled(objects, lambda object_id: objects[object_id].deflate()),
+        )
+        answer = PushAppMessagesResponse.FromString(self._call(RUNTIME_PUSH, bundle, PushReply).reply)
+        if answer.objects_to_push:
+            inflatable_utils.push_objects(
+                objects,
+                make_push_object_fn_protobuf(
+                    self._runtime_client.PushObject, self.node, run_id, answer.session_id
+                ),
+                object_ids_to_push=set(answer.objects_to_push),
+            )
+        return list(answer.message_ids)
+
+    def _call(self, path: str, request: PullRequest | PushRequest, kind: type[_Reply]) -> _Reply:
+        client = self._runtime_client
+        return client._unary_unary(path=path, rpc_method=path, request=request, response_type=kind)
 
     def _complete(self, wanted: set[str]) -> list[Message]:
         """Take out what is there; when something is on its way, wait a moment for it."""
@@ -84,9 +140,9 @@ class RunGrid(HttpGrid):
             self._there.clear()  # what is not wanted came after its deadline
             return replies
 
-    def _fetch(self, reply_to: str, message_id: str, tree: ObjectTree) -> None:
+    def _take(self, reply_to: str, message_id: str, tree: ObjectTree, there: dict[str, bytes]) -> None:
         try:
-            reply = self._inflated(message_id, tree)
+            reply = self._inflated(message_id, tree, there)
         except Exception:  # thread edge: what a site's bytes do to Flower's parsers costs that site its turn
             reply = _unreadable(self._run_id, self.node.node_id)
         # which question a site answers is what the server recorded, not what the reply says of itself
@@ -95,14 +151,18 @@ class RunGrid(HttpGrid):
             self._there[reply_to] = reply
             self._changed.notify_all()
 
-    def _inflated(self, message_id: str, tree: ObjectTree) -> Message:
-        pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self._run_id)
-        contents = inflatable_utils.pull_objects(
-            [node.object_id for node in iterate_object_tree(tree)], _bounded(pull, self._max_reply)
-        )
-        self._runtime_client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=self.node, run_id=self._run_id, message_object_id=message_id)
-        )
+    def _inflated(self, message_id: str, tree: ObjectTree, there: dict[str, bytes]) -> Message:
+        fetch = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self._run_id)
+        pull = _bounded(lambda key: there.get(key) or fetch(key), self._max_reply)
+        wanted = _object_ids(tree)
+        if len(there) == len(wanted):  # the server has confirmed it
+            contents = {object_id: pull(object_id) for object_id in wanted}
+        else:
+            contents = inflatable_utils.pull_objects(wanted, pull)
+            received = ConfirmMessageReceivedRequest(
+                node=self.node, run_id=self._run_id, message_object_id=message_id
+            )
+            self._runtime_client.ConfirmMessageReceived(received)
         if _inflated_bytes(contents) > self._max_reply:
             raise ValueError("the reply's tensors are larger than a reply can be")
         reply = inflatable_utils.inflate_object_from_contents(message_id, contents)
@@ -147,6 +207,11 @@ def _beat(grid: HttpGrid, stop: threading.Event, every_s: float) -> None:
             grid._runtime_client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
         except httpx.HTTPError:
             continue  # the server's end shows as the end of standard input
+
+
+def _object_ids(tree: ObjectTree) -> list[str]:
+    """Ids of a message's objects, each once."""
+    return list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
 
 
 def _bounded(pull: Callable[[str], bytes], max_bytes: int) -> Callable[[str], bytes]:

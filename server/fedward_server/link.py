@@ -48,6 +48,7 @@ from flwr.superlink.main import create_app
 
 from fedward_common.errors import ConnectionLostError, FederationError
 from fedward_common.identity import Identity, node_public_key_pem, peer_of
+from fedward_server.bundles import add_bundle_routes
 from fedward_server.listeners import (
     PEER,
     App,
@@ -108,6 +109,7 @@ class Link:
         superlink = sys.modules["flwr.superlink.cli.flower_superlink"]
         app = create_app(_superlink_config(), superlink.SuperLinkLifespan)
         _without_idle_middleware(app)
+        add_bundle_routes(app)
         self._state = app.state.linkstate_factory.state()
         self._tasks: dict[int, int] = {}
         instructions, replies = News(), News()

@@ -30,6 +30,7 @@ FENCES: dict[tuple[str, ...], tuple[str, ...]] = {
         "fedward_server.link",
         "fedward_server.rounds",
         "fedward_server.fleet",  # the part of the rounds that talks to sites
+        "fedward_server.bundles",  # routes of the link
         "fedward_server.grid",  # Flower's Grid between runner and link
         "fedward_server.local_grid",  # the same for the simulation
         "fedward_server.ray_engine",  # and for its second engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -35,7 +34,6 @@ from fedward_server.supervisor import RunSupervisor
 from tests.federations import a_federation
 from tests.server.run_builders import wait_for
 from tests.server.supervised import (
-    ROOT,
     Mailboxes,
     a_control_server,
     a_home,
@@ -362,18 +360,6 @@ def test_record_that_cannot_be_read_is_reported_as_such(place: Place) -> None:
     place.supervisor.store.close()
     with place.client() as anna, pytest.raises(StorageError):
         anna.runs()
-
-
-def test_generated_modules_belong_to_the_proto_file(tmp_path: Path) -> None:
-    specification = importlib.util.spec_from_file_location("codegen", ROOT / "server" / "generate_control.py")
-    assert specification is not None
-    assert specification.loader is not None
-    codegen = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(codegen)
-    (tmp_path / "fedward_server").mkdir()
-
-    for file in codegen.generate(tmp_path):
-        assert file.read_text() == (ROOT / "server" / "fedward_server" / file.name).read_text(), file.name
 
 
 def test_client_needs_a_private_key_of_its_own(place: Place, tmp_path: Path) -> None:
