@@ -7,10 +7,12 @@ that are not built in are looked up among the entry points of the packages insta
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any
 
 from fedward_common.errors import PlanError
@@ -30,7 +32,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Every name known on this machine, sorted."""
-        return sorted({*self.builtin, *(point.name for point in self._installed())})
+        return sorted({*self.builtin, *(point.name for point in _installed(self.kind))})
 
     def load(self, name: str) -> Any:
         """Import and return the part called `name`.
@@ -43,7 +45,8 @@ class Registry:
             module, _, attribute = target.partition(":")
             return getattr(import_module(module), attribute)
         self.check(name)
-        return next(point for point in self._installed() if point.name == name).load()
+        offered = _installed(self.kind)
+        return next(point for point in offered if point.name == name).load()
 
     def check(self, name: str) -> None:
         """Raise PlanError, listing the known names, unless `name` is known here; nothing is imported."""
@@ -53,8 +56,17 @@ class Registry:
                 remedy=f"Use one of the known names, or install a package that offers fedward.{self.kind}.",
             )
 
-    def _installed(self) -> list[Any]:
-        return list(entry_points(group=f"fedward.{self.kind}"))
+
+def _installed(kind: str) -> EntryPoints:
+    """Entry points of installed packages that offer parts of one kind."""
+    return _all_installed(tuple(sys.path)).select(group=f"fedward.{kind}")
+
+
+@lru_cache(maxsize=2)
+def _all_installed(path: tuple[str, ...]) -> EntryPoints:
+    """Every entry point; looked for once a process, because reading all packages takes 50 ms and more."""
+    del path  # where installed packages are found: another path is another answer
+    return entry_points()
 
 
 MODELS = Registry(

@@ -1,16 +1,18 @@
 """Pull and push a message with its objects in one request, on top of Flower's own handlers.
 
-The routes belong to the same application as Flower's, behind the same listeners, certificates and node
-signatures; what they do is a message handler of Flower and then its object handler, once for each object.
+What these requests do is a message handler of Flower and then its object handler, once for each object;
+who may make them is decided by Flower's own functions too. Flower's web framework is left out: its layers
+cost every request some milliseconds, and between two rounds a server answers one for every site at once.
 A message whose objects came or went completely is confirmed here, so no request is needed for that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import Response
 from flwr.proto.fleet_pb2 import (
     PullMessagesRequest,
     PullMessagesResponse,
@@ -25,48 +27,61 @@ from flwr.proto.runtime_pb2 import (
     PushAppMessagesRequest,
     PushAppMessagesResponse,
 )
-from flwr.supercore.dependencies.runtime import TaskDependency
+from flwr.supercore.constant import TASK_TOKEN_HEADER
+from flwr.supercore.dependencies.task import authenticate_task
+from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.object_store import NoObjectInStoreError
-from flwr.supercore.protobuf.routing import ProtobufRoute
-from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_DEPENDENCY, PROTOBUF_REQUEST_TYPES
-from flwr.superlink.dependencies.linkstate import get_linkstate
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
+from starlette.concurrency import run_in_threadpool
 
 from fedward_common.transfer import FLEET_PULL, FLEET_PUSH, RUNTIME_PULL, RUNTIME_PUSH, bundled
 from fedward_common.transfer_pb2 import Object, PullReply, PullRequest, PushReply, PushRequest
-
-_State = Annotated[Any, Depends(get_linkstate)]
-_Pull = Annotated[PullRequest, PROTOBUF_REQUEST_DEPENDENCY]
-_Push = Annotated[PushRequest, PROTOBUF_REQUEST_DEPENDENCY]
-_router = APIRouter(route_class=ProtobufRoute)
+from fedward_server.listeners import Receive, Scope, Send
 
 
-def add_bundle_routes(app: FastAPI) -> None:
-    """Serve the bundled requests beside Flower's."""
-    for path, kind in _KINDS.items():
-        PROTOBUF_REQUEST_TYPES["POST", path] = kind
-    app.include_router(_router)
+class Bundles:
+    """Answers the bundled requests, and leaves all others to Flower's application."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        handler = _HANDLERS.get(scope["path"]) if scope["type"] == "http" else None
+        if handler is None:
+            await self._app(scope, receive, send)
+            return
+        scope["app"] = self._app  # where Flower's functions look for the state
+
+        async def answered(request: Request[Any]) -> Response:
+            reply = await run_in_threadpool(handler, request, await request.body())
+            return Response(reply.SerializeToString(), media_type=PROTOBUF_MEDIA_TYPE)
+
+        response = await http_error_translator(Request(scope, receive), answered)
+        await response(scope, receive, send)
 
 
-@_router.post(FLEET_PULL)
-def fleet_pull_bundle(request: _Pull, state: _State) -> PullReply:
+def _fleet_pull(request: Request[Any], body: bytes) -> PullReply:
     """Give a site its next message."""
-    own = PullMessagesRequest(node=Node(node_id=request.node_id))
+    asked = _from_site(request, _parsed(PullRequest, body))
+    own = PullMessagesRequest(node=Node(node_id=asked.node_id))
+    state = _state(request)
     return _with_objects(fleet_handlers.pull_messages(own, state, state.object_store), state)
 
 
-@_router.post(FLEET_PUSH)
-def fleet_push_bundle(request: _Push, state: _State) -> PushReply:
+def _fleet_push(request: Request[Any], body: bytes) -> PushReply:
     """Take a site's reply, and confirm the message that it answers once the reply is whole."""
-    inner = _parsed(PushMessagesRequest, request.request)
-    if len(inner.messages_list) != 1 or inner.messages_list[0].metadata.src_node_id != request.node_id:
+    given = _from_site(request, _parsed(PushRequest, body))
+    inner = _parsed(PushMessagesRequest, given.request)
+    if len(inner.messages_list) != 1 or inner.messages_list[0].metadata.src_node_id != given.node_id:
         raise HTTPException(status_code=403)  # one reply at a time, and nobody answers for another site
-    node, metadata = Node(node_id=request.node_id), inner.messages_list[0].metadata
+    state, node, metadata = _state(request), Node(node_id=given.node_id), inner.messages_list[0].metadata
     answer = fleet_handlers.push_messages(inner, state)
-    requests = _object_requests(request, node, metadata.run_id, answer.session_id)
+    requests = _object_requests(given, node, metadata.run_id, answer.session_id)
     _store(answer, requests, lambda put: fleet_handlers.push_object(put, state))
     if not answer.objects_to_push:
         answered = ConfirmMessageReceivedRequest(
@@ -76,10 +91,10 @@ def fleet_push_bundle(request: _Push, state: _State) -> PushReply:
     return PushReply(reply=answer.SerializeToString())
 
 
-@_router.post(RUNTIME_PULL)
-def runtime_pull_bundle(request: _Pull, state: _State, task: TaskDependency) -> PullReply:
+def _runtime_pull(request: Request[Any], body: bytes) -> PullReply:
     """Give a runner the replies that have come."""
-    inner = _parsed(PullAppMessagesRequest, request.request)
+    state, task = _state(request), _task(request)
+    inner = _parsed(PullAppMessagesRequest, _parsed(PullRequest, body).request)
     reply = runtime_handlers.pull_messages(inner, state, task)
     bundle = _with_objects(reply, state)
     for message_id in _whole(reply.message_object_trees, bundle.objects):
@@ -88,21 +103,38 @@ def runtime_pull_bundle(request: _Pull, state: _State, task: TaskDependency) -> 
     return bundle
 
 
-@_router.post(RUNTIME_PUSH)
-def runtime_push_bundle(request: _Push, state: _State, task: TaskDependency) -> PushReply:
+def _runtime_push(request: Request[Any], body: bytes) -> PushReply:
     """Take a runner's messages."""
-    answer = runtime_handlers.push_messages(_parsed(PushAppMessagesRequest, request.request), state, task)
-    requests = _object_requests(request, Node(node_id=request.node_id), task.run_id, answer.session_id)
+    state, task = _state(request), _task(request)
+    given = _parsed(PushRequest, body)
+    answer = runtime_handlers.push_messages(_parsed(PushAppMessagesRequest, given.request), state, task)
+    requests = _object_requests(given, Node(node_id=given.node_id), task.run_id, answer.session_id)
     _store(answer, requests, lambda put: runtime_handlers.push_object(put, state, task))
     return PushReply(reply=answer.SerializeToString())
 
 
-_KINDS: dict[str, type[Message]] = {
-    FLEET_PULL: PullRequest,
-    FLEET_PUSH: PushRequest,
-    RUNTIME_PULL: PullRequest,
-    RUNTIME_PUSH: PushRequest,
+_HANDLERS: dict[str, Callable[[Request[Any], bytes], PullReply | PushReply]] = {
+    FLEET_PULL: _fleet_pull,
+    FLEET_PUSH: _fleet_push,
+    RUNTIME_PULL: _runtime_pull,
+    RUNTIME_PUSH: _runtime_push,
 }
+
+
+def _state(request: Request[Any]) -> Any:
+    return request.app.state.linkstate_factory.state()
+
+
+def _from_site(request: Request[Any], message: Any) -> Any:
+    """The message, if the caller proved with its node key that it is the node named in it."""
+    request.state.protobuf_request = message
+    authenticate_node(request)
+    return message
+
+
+def _task(request: Request[Any]) -> Any:
+    """The task whose token the caller shows."""
+    return authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), _state(request))
 
 
 def _with_objects(reply: PullMessagesResponse | PullAppMessagesResponse, state: Any) -> PullReply:
@@ -146,12 +178,9 @@ def _store(
 ) -> None:
     """Store the objects that came along; `answer` is left with those that are still missing."""
     missing = dict.fromkeys(answer.objects_to_push)
-    try:
-        for request in requests:
-            if put(request).stored:
-                missing.pop(request.object_id, None)
-    except (ValueError, NoObjectInStoreError):  # not what its id says, or not part of the message
-        raise HTTPException(status_code=400) from None
+    for request in requests:
+        if put(request).stored:  # not if its content is not what its id says, or not part of the message
+            missing.pop(request.object_id, None)
     del answer.objects_to_push[:]
     answer.objects_to_push.extend(missing)
 

@@ -93,8 +93,15 @@ class Fleet:
         nodes = {node.name: int(node.node_id) for node in self._grid.get_nodes()}
         return {name: nodes[name] for name in sorted(nodes) if name in self._keys}
 
-    def ask(self, sites: Iterable[str], question: Question) -> Iterator[Answer]:
+    def ask(
+        self, sites: Iterable[str], question: Question, online: Mapping[str, int] | None = None
+    ) -> Iterator[Answer]:
         """Send `question` and yield every site's answer as it arrives; each site exactly once.
+
+        Args:
+            sites: names.
+            question: what to ask.
+            online: what `online` said a moment ago; asked for when absent.
 
         A site that is not connected, is lost meanwhile or does not answer in time is yielded too, with
         the code that says so.
@@ -102,7 +109,7 @@ class Fleet:
         Raises:
             RunStoppedError: the run was stopped while waiting.
         """
-        online = self.online()
+        online = self.online() if online is None else online
         named = list(sites)
         instruction = self._instruction(question)
         yield from (Answer(site, RefusalCode.SITE_OFFLINE) for site in named if site not in online)

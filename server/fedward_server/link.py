@@ -25,6 +25,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 # Telemetry, the update check and the dependency installer are on by default in Flower.
@@ -47,8 +48,8 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from fedward_common.errors import ConnectionLostError, FederationError
-from fedward_common.identity import Identity, node_public_key_pem, peer_of
-from fedward_server.bundles import add_bundle_routes
+from fedward_common.identity import Identity, Peer, node_public_key_pem, peer_of
+from fedward_server.bundles import Bundles
 from fedward_server.listeners import (
     PEER,
     App,
@@ -109,14 +110,15 @@ class Link:
         superlink = sys.modules["flwr.superlink.cli.flower_superlink"]
         app = create_app(_superlink_config(), superlink.SuperLinkLifespan)
         _without_idle_middleware(app)
-        add_bundle_routes(app)
+        bundles = Bundles(app)
         self._state = app.state.linkstate_factory.state()
         self._tasks: dict[int, int] = {}
         instructions, replies = News(), News()
         register = _Registrar(self._state, trusted_sites)
         sites = uvicorn.Config(
             OnlyPaths(
-                "/v1/fleet/", register.guard(BoundedBody(LongPoll(app, awaits=instructions, tells=replies)))
+                "/v1/fleet/",
+                register.guard(BoundedBody(LongPoll(bundles, awaits=instructions, tells=replies))),
             ),
             host=host,
             port=port,
@@ -134,7 +136,7 @@ class Link:
             timeout_graceful_shutdown=1,
         )
         local = uvicorn.Config(
-            OnlyPaths("/v1/runtime/", BoundedBody(LongPoll(app, awaits=replies, tells=instructions))),
+            OnlyPaths("/v1/runtime/", BoundedBody(LongPoll(bundles, awaits=replies, tells=instructions))),
             host="127.0.0.1",
             port=0,
             log_config=None,
@@ -246,24 +248,23 @@ class _Registrar:
         if certificate is None:
             return "no_certificate"
         try:
-            peer = peer_of(certificate)
+            claims = _claims_of(certificate)
         except FederationError:
             return "foreign_certificate"
-        if peer.role != "site":
+        if claims.peer.role != "site":
             return "not_a_site"
-        if self._trusted().get(peer.name) != hashlib.sha256(certificate).hexdigest():
+        if self._trusted().get(claims.peer.name) != claims.fingerprint:
             return "not_in_roster"
-        if header(scope, b"flwr-public-key") != _encoded(node_public_key_pem(certificate)):
+        if header(scope, b"flwr-public-key") != b64encode(claims.node_key):
             return "foreign_node_key"
         return None
 
     def _introduce(self, scope: Scope) -> None:
-        certificate = scope[PEER]
-        public_key = node_public_key_pem(certificate)
-        node_id = self._state.get_node_id_by_public_key(public_key)
+        claims = _claims_of(scope[PEER])
+        node_id = self._state.get_node_id_by_public_key(claims.node_key)
         if node_id is None:
-            name = peer_of(certificate).name
-            self._state.create_node(NOOP_FLWR_AID, name, public_key, 0, name=name)
+            name = claims.peer.name
+            self._state.create_node(NOOP_FLWR_AID, name, claims.node_key, 0, name=name)
             return
         with self._state.lock:
             self._state.deactivate_node(node_id)
@@ -275,8 +276,21 @@ class _Registrar:
                     message.metadata.delivered_at = ""
 
 
-def _encoded(public_key: bytes) -> bytes:
-    return b64encode(public_key)
+@dataclass(frozen=True)
+class _Claims:
+    """What a certificate says: who, its SHA-256 (hex), and its key in the form that Flower uses."""
+
+    peer: Peer
+    fingerprint: str
+    node_key: bytes
+
+
+@lru_cache(maxsize=4096)
+def _claims_of(certificate: bytes) -> _Claims:
+    """Read a certificate (DER), once for all requests of its connections."""
+    return _Claims(
+        peer_of(certificate), hashlib.sha256(certificate).hexdigest(), node_public_key_pem(certificate)
+    )
 
 
 def _without_idle_middleware(app: Any) -> None:

@@ -134,14 +134,14 @@ class RoundLoop:
         started, clock = datetime.now(UTC), time.monotonic()
         index = model.round_index + 1
         base = weights.pack(model.values, self._layout)
-        self._await_quorum(index)
-        self._recorder.event("round_started", {"round": index, "sites": sorted(self._fleet.online())})
+        online = self._await_quorum(index)
+        self._recorder.event("round_started", {"round": index, "sites": sorted(online)})
         total = RunningSum(
             self._layout, max_abs=self._plan.privacy.max_abs, max_cases=self._plan.privacy.max_cases
         )
         sites: list[SiteRecord] = []
         question = Question("train", index, base, self._plan.participation.deadline_s)
-        for answer in self._fleet.ask(self._fleet.roster, question):
+        for answer in self._fleet.ask(self._fleet.roster, question, online):
             seconds = round(time.monotonic() - clock, 3)
             if answer.ok and answer.delta is not None and answer.numbers.num_cases is not None:
                 total.add(answer.delta, answer.numbers.num_cases)
@@ -198,7 +198,8 @@ class RoundLoop:
     def _collect(self, question: Question) -> Measurement:
         states = []
         sites: dict[str, MetricSummary | None] = {}
-        for answer in self._fleet.ask(sorted(self._fleet.online()), question):
+        online = self._fleet.online()
+        for answer in self._fleet.ask(sorted(online), question, online):
             sites[answer.site] = None
             if answer.state is not None:
                 states.append(answer.state)
@@ -255,15 +256,15 @@ class RoundLoop:
             fields = {"round": index, "site": answer.site, "code": int(answer.code)}
             self._recorder.event("site_refused", fields)
 
-    def _await_quorum(self, index: int) -> None:
+    def _await_quorum(self, index: int) -> dict[str, int]:
         """Give sites that are just reconnecting a moment, so that one lost connection ends no run."""
         until = time.monotonic() + min(60.0, self._plan.participation.deadline_s)
-        while len(self._fleet.online()) < self._plan.participation.quorum:
+        while len(online := self._fleet.online()) < self._plan.participation.quorum:
             if time.monotonic() >= until:
-                online = self._fleet.online()
                 absent = {s: int(RefusalCode.SITE_OFFLINE) for s in self._fleet.roster if s not in online}
                 raise self._no_quorum(f"round {index} could not begin", len(online), absent)
             self._pause(0.5)
+        return online
 
     def _pause(self, seconds: float) -> None:
         if self._fleet.stopping(seconds):

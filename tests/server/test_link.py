@@ -6,8 +6,10 @@ internals to the installed version.
 
 from __future__ import annotations
 
+import random
 import ssl
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,16 +17,21 @@ from pathlib import Path
 
 import httpx
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.serde import message_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
-from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
+from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse, RegisterNodeFleetRequest
 from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.primitives.asymmetric import sign_message
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedward_client.node import FleetConnection
 from fedward_common.identity import Identity, client_context, load_identity, node_public_key_pem
+from fedward_common.transfer import FLEET_PULL, FLEET_PUSH, MAX_BUNDLE, RUNTIME_PULL, RUNTIME_PUSH
+from fedward_common.transfer_pb2 import Object, PushReply, PushRequest
 from fedward_server.grid import open_grid
 from fedward_server.link import Link
 from fedward_server.provisioning import provision
@@ -221,6 +228,125 @@ def test_a_message_reaches_the_site_and_its_answer_comes_back(place: Place) -> N
         place.link.close_run(run.flower_run_id, stopped=True)
         assert not north.run_wants_work(run.flower_run_id)
     finally:
+        north.close()
+
+
+def test_a_message_larger_than_a_bundle_goes_piece_by_piece_both_ways(place: Place) -> None:
+    north = place.connect("north")
+    run = place.link.open_run()
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run.flower_run_id, 1, 1
+    large = random.Random(7).randbytes(MAX_BUNDLE + 3_000_000)
+    payload = ArrayRecord({"flat": Array("uint8", (len(large),), "test", large)})
+    try:
+        with open_grid(place.link.runtime_address, run.token, run.flower_run_id, 10) as grid:
+            (node,) = grid.get_nodes()
+            (message_id,) = grid.push_messages([Message(RecordDict({"p": payload}), node.node_id, "train")])
+            message = north.pull()
+            assert message is not None
+            assert message.content.array_records["p"]["flat"].data == large
+            north.push(Message(RecordDict({"p": payload}), reply_to=message), 0.1)
+            reply = None
+            until = time.monotonic() + 30
+            while reply is None and time.monotonic() < until:
+                reply = next(iter(grid.pull_messages([message_id])), None)
+            assert reply is not None
+            assert reply.content.array_records["p"]["flat"].data == large
+            assert len(place.link._state.object_store) == 0
+    finally:
+        place.link.close_run(run.flower_run_id, stopped=True)
+        north.close()
+
+
+def test_nothing_stays_on_the_server_once_a_reply_was_fetched(place: Place) -> None:
+    north = place.connect("north")
+    run = place.link.open_run()
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run.flower_run_id, 1, 1
+    try:
+        with open_grid(place.link.runtime_address, run.token, run.flower_run_id, 10) as grid:
+            (node,) = grid.get_nodes()
+            content = RecordDict({"body": ConfigRecord({"bytes": bytes(100)})})
+            (message_id,) = grid.push_messages([Message(content, node.node_id, "train")])
+            message = north.pull()
+            assert message is not None
+            assert len(place.link._state.object_store) > 0
+            north.push(Message(RecordDict({"reply": ConfigRecord({"n": 7})}), reply_to=message), 0.1)
+            (_,) = grid.pull_messages([message_id])
+            assert len(place.link._state.object_store) == 0
+    finally:
+        place.link.close_run(run.flower_run_id, stopped=True)
+        north.close()
+
+
+def test_a_site_cannot_answer_for_another(place: Place) -> None:
+    north, south = place.connect("north"), place.connect("south")
+    run = place.link.open_run()
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run.flower_run_id, 1, 1
+    try:
+        with open_grid(place.link.runtime_address, run.token, run.flower_run_id, 10) as grid:
+            content = RecordDict({"body": ConfigRecord({"n": 1})})
+            (message_id,) = grid.push_messages([Message(content, south.node_id, "train")])
+            message = south.pull()
+            assert message is not None
+            forged = Message(RecordDict({"reply": ConfigRecord({"n": 666})}), reply_to=message)
+            with pytest.raises(httpx.HTTPStatusError) as caught:
+                north.push(forged, 0.1)
+            assert caught.value.response.status_code == 403
+            south.push(Message(RecordDict({"reply": ConfigRecord({"n": 7})}), reply_to=message), 0.1)
+            (reply,) = grid.pull_messages([message_id])
+            assert reply.content["reply"]["n"] == 7
+    finally:
+        place.link.close_run(run.flower_run_id, stopped=True)
+        north.close()
+        south.close()
+
+
+@pytest.mark.parametrize("path", [FLEET_PULL, FLEET_PUSH])
+def test_bundled_requests_need_flowers_node_signature(place: Place, path: str) -> None:
+    certificate = ssl.PEM_cert_to_DER_cert((place.folder / "sites/north/tls.crt").read_text())
+    headers = {"flwr-public-key": b64encode(node_public_key_pem(certificate)).decode()}
+    with place.client("sites/north") as client:
+        assert client.post(path, headers=headers).status_code == 401
+
+
+@pytest.mark.parametrize("path", [RUNTIME_PULL, RUNTIME_PUSH])
+def test_bundled_runtime_requests_need_a_tasks_token_and_are_not_served_to_sites(
+    place: Place, path: str
+) -> None:
+    with httpx.Client(base_url=f"http://{place.link.runtime_address}") as client:
+        assert client.post(path).status_code == 401
+        assert client.post(path, headers={"flwr-task-token": "guess"}).status_code == 401
+    with place.client("sites/north") as client:
+        assert client.post(path).status_code == 404
+
+
+@pytest.mark.parametrize("content", [b"", b"other bytes than its id says"])
+def test_objects_that_are_not_what_they_say_are_not_stored(place: Place, content: bytes) -> None:
+    north = place.connect("north")
+    run = place.link.open_run()
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run.flower_run_id, 1, 1
+    try:
+        with open_grid(place.link.runtime_address, run.token, run.flower_run_id, 10) as grid:
+            message_body = RecordDict({"body": ConfigRecord({"n": 1})})
+            grid.push_messages([Message(message_body, north.node_id, "train")])
+            message = north.pull()
+            assert message is not None
+            reply = Message(RecordDict({"reply": ConfigRecord({"n": 7})}), reply_to=message)
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            request = PushMessagesRequest(
+                node=north._node,
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[get_object_tree(reply)],
+            )
+            lying = PushRequest(
+                node_id=north.node_id,
+                request=request.SerializeToString(),
+                objects=[Object(object_id=reply.object_id, content=content)],
+            )
+            answer = PushMessagesResponse.FromString(north._call(FLEET_PUSH, lying, PushReply).reply)
+            assert reply.object_id in answer.objects_to_push
+            assert place.link._state.object_store.get(reply.object_id) == b""
+    finally:
+        place.link.close_run(run.flower_run_id, stopped=True)
         north.close()
 
 
