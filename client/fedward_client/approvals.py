@@ -5,8 +5,9 @@ site's policy has no objection, no other run has used it, and the operator appro
 (or a rule of the policy did). A plan that only lacks approval is kept, so that the operator can read it.
 The policy and the approvals are read anew for every decision: a change holds from the next message on.
 
-Each round is admitted once. The same round with the same model may come again, because a resumed run
-repeats a round whose answer was lost and the answer is the same; with another model it is refused.
+Each round is trained with one model, and a few models are measured where the plan says (`questions`). The
+same question about the same model may come again, because a resumed run repeats what it lost and the answer
+is the same; a round with another model, or one model too many, is refused, whatever the server's reasons.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from fedward_client.config import SiteHome
 from fedward_client.plan_ledger import LedgerRow, PlanLedger
 from fedward_client.plan_summary import readable_summary
 from fedward_client.policy import SitePolicy, load_policy
+from fedward_client.questions import is_implied, max_models, place_of_question
 from fedward_common.audit import AuditLog
-from fedward_common.envelope import RunId
+from fedward_common.envelope import Instruction, RunId
 from fedward_common.errors import PlanRefusedError, PolicyError, RefusalCode, UsageError
 from fedward_common.federation import Federation
 from fedward_common.files import write_atomically
@@ -64,7 +66,7 @@ class StoredPlan:
 class PlanGate:
     """Decides about plans and rounds of one site, and writes every decision to the audit log.
 
-    The daemon asks `decide` and `admit_round`; the operator's commands use `plans`, `find` and `approve`.
+    The daemon asks `decide` and `admit`; the operator's commands use `plans`, `find` and `approve`.
 
     Args:
         home: the site's folder.
@@ -105,35 +107,47 @@ class PlanGate:
         self._note("plan_accepted", signed, run_id, approved_by=approved_by)
         return signed
 
-    def admit_round(self, run_id: str, round_index: int, base_digest: str) -> None:
-        """Enter a round before any work for it is done.
+    def admit(self, signed: SignedPlan, instruction: Instruction) -> None:
+        """Enter a question about a model before any work for it is done.
 
         Args:
-            run_id: a run whose plan `decide` accepted.
-            round_index: counted from 1.
-            base_digest: SHA-256 (hex) of the global weights sent for this round.
+            signed: the plan that `decide` returned for the instruction's run.
+            instruction: what is asked; `base_digest` names the model.
 
         Raises:
-            PlanRefusedError: an older round that was left out, one taken part in with another model, one
-                beyond the plan's last, or a run that was never accepted: ROUND_REPLAYED.
+            PlanRefusedError: the plan does not involve that question, or it was answered for another
+                model, or the round is older than one taken part in, or the run was never accepted.
+            PolicyError, AuditError: the ledger or the audit log cannot be written.
         """
-        row = next((row for row in self._ledger.rows() if row.run_id == run_id), None)
-        is_known = row is not None and 1 <= round_index <= self._stored(row.digest).plan.rounds
-        if is_known and self._ledger.enter_round(run_id, round_index, base_digest):
-            self._audit.append("round_admitted", run_id=run_id, round=round_index, base=base_digest)
+        asked: dict[str, str | int] = {"run_id": instruction.run_id, "round": instruction.round_index}
+        if is_implied(signed.plan, instruction) and self._entered(signed, instruction):
+            if instruction.action == "train":
+                self._audit.append("round_admitted", **asked, base=instruction.base_digest or "none")
             return
         self._audit.append(
             "round_refused",
-            run_id=_run_token(run_id),
-            round=round_index,
+            **asked,
+            action=instruction.action,
+            split=instruction.split,
+            base=instruction.base_digest or "none",
             code=int(RefusalCode.ROUND_REPLAYED),
         )
-        last = "none" if row is None else str(row.last_round)
         raise PlanRefusedError(
-            f"round {round_index} of run {_run_token(run_id)}: newest round taken part in is {last}",
+            f"run {instruction.run_id} asks to {instruction.action} in round {instruction.round_index}:"
+            " not in the plan, or answered already for another model",
             remedy="None is needed here; ask the coordinator to resume the run or to start a new one.",
             code=RefusalCode.ROUND_REPLAYED,
         )
+
+    def _entered(self, signed: SignedPlan, instruction: Instruction) -> bool:
+        if instruction.base_digest is None or instruction.plan_digest != signed.digest:
+            return False
+        if instruction.action == "train":
+            return self._ledger.enter_round(
+                instruction.run_id, instruction.round_index, instruction.base_digest
+            )
+        place = place_of_question(instruction)
+        return self._ledger.enter_measurement(instruction, place, max_models=max_models(instruction))
 
     def plans(self, *, now: datetime | None = None) -> list[StoredPlan]:
         """Every plan this site knows, oldest first."""

@@ -5,16 +5,14 @@ Heavy imports are inside the commands: the help appears at once.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedward_client.console import complain, emit, say, table
-from fedward_common.errors import FederationError, UsageError
+from fedward_common.console import confirm, emit, run_command, say, show_version, table
 
 if TYPE_CHECKING:
     from fedward_client.approvals import PlanGate
@@ -24,13 +22,14 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="fedward-site",
     help="Run one hospital's site: its images stay here; only approved weight updates and counts leave.",
+    epilog="In this order: join, doctor, cohort index, run; then plan approve for each plan.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-cohort = typer.Typer(help="The site's images and labels.", no_args_is_help=True)
-plan = typer.Typer(help="Training plans: see them, approve them.", no_args_is_help=True)
-outbound = typer.Typer(help="What left this site.", no_args_is_help=True)
+cohort = typer.Typer(help="The site's images and labels: read them, count them.", no_args_is_help=True)
+plan = typer.Typer(help="Training plans: list them, read and approve them.", no_args_is_help=True)
+outbound = typer.Typer(help="What left this site, from its audit log.", no_args_is_help=True)
 app.add_typer(cohort, name="cohort")
 app.add_typer(plan, name="plan")
 app.add_typer(outbound, name="outbound")
@@ -39,21 +38,48 @@ Home = Annotated[
     Path,
     typer.Option("--home", envvar="FEDWARD_SITE_HOME", help="The site's folder, made by: fedward-site join."),
 ]
+NewHome = Annotated[
+    Path,
+    typer.Option("--home", envvar="FEDWARD_SITE_HOME", help="New folder for what the site itself writes."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 _HERE = Path("fedward-site")
 
 
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options before any command."""
+
+
 @app.command()
 def join(
-    kit: Annotated[Path, typer.Argument(help="This site's folder from: fedward provision.")],
+    kit: Annotated[
+        Path,
+        typer.Argument(help="This site's folder of keys, as the coordinator made it: fedward provision."),
+    ],
     dicom: Annotated[Path, typer.Option(help="Folder with DICOM files; only ever read.")],
-    labels: Annotated[Path, typer.Option(help="CSV file with the labels.")],
-    home: Home = _HERE,
-    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 uses all cores.")] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to train.")] = "auto",
+    labels: Annotated[
+        Path,
+        typer.Option(
+            help="CSV file with the labels: a key column (SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID"
+            " or PatientID), a column label and, if wanted, a column split (train, validation, test)."
+        ),
+    ],
+    home: NewHome = _HERE,
+    threads: Annotated[
+        int, typer.Option(metavar="N", min=0, max=1024, help="CPU threads for training; 0 uses all cores.")
+    ] = 0,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"],
+        typer.Option(help="Where to train; auto takes a GPU if there is one."),
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Set this machine up as a site of a federation."""
+    """Set this machine up as a site of a federation: check keys and folders, make the site's home."""
     from fedward_client.config import load_config
     from fedward_client.joining import join as set_up
     from fedward_common.federation import read_federation
@@ -74,7 +100,7 @@ def join(
 
 @app.command()
 def doctor(home: Home = _HERE, as_json: AsJson = False) -> None:
-    """Check everything a site needs; every failure comes with a remedy."""
+    """Check everything that a site needs; exit code 1 and a remedy for each check that fails."""
     from fedward_client.preflight import checks
 
     found = checks(home)
@@ -102,9 +128,14 @@ def doctor(home: Home = _HERE, as_json: AsJson = False) -> None:
 @app.command()
 def run(
     home: Home = _HERE,
-    warm: Annotated[bool, typer.Option(help="Load PyTorch now, not when the first plan arrives.")] = False,
+    warm: Annotated[
+        bool, typer.Option(help="Load PyTorch now, or only when the first plan arrives.")
+    ] = False,
 ) -> None:
-    """Serve the federation until stopped (SIGTERM or Ctrl-C); reconnects by itself."""
+    """Serve the federation until stopped (SIGTERM or Ctrl-C); one daemon a home, reconnects by itself.
+
+    What it does and why something failed is in HOME/site.log.
+    """
     from fedward_client.daemon import run_site
 
     run_site(_place(home), warm=warm, ready=say)
@@ -159,12 +190,13 @@ def cohort_show(home: Home = _HERE, as_json: AsJson = False) -> None:
 
     def show() -> None:
         rows = [(group, value, count) for group, values in counts.items() for value, count in values.items()]
-        table("Cases", ("by", "value", "cases"), rows)
+        table(("By", "Value", "Cases"), rows, title="Cases")
         if quarantine:
             listed = [
                 (str(item["content"])[:12], str(item["meaning"]), str(item["remedy"])) for item in quarantine
             ]
-            table("Quarantine", ("content", "why", "remedy"), listed)
+            say()
+            table(("Content", "Why", "Remedy"), listed, title="Quarantine")
 
     emit({"counts": counts, "quarantine": quarantine}, as_json=as_json, show=show)
 
@@ -195,30 +227,33 @@ def plan_list(home: Home = _HERE, as_json: AsJson = False) -> None:
             (item.signed.digest[:16], item.signed.plan.name, item.signed.signer, item.status)
             for item in stored
         ]
-        table("Plans", ("digest", "name", "signed by", "status"), rows)
+        table(("Digest", "Name", "Signed by", "Status"), rows)
 
     emit(document, as_json=as_json, show=show)
 
 
 @plan.command("approve")
 def plan_approve(
-    source: Annotated[str, typer.Argument(help="A signed plan's file, or the digest of one that waits.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLAN",
+            help="A signed plan's file, or at least 12 digits of a digest from: fedward-site plan list.",
+        ),
+    ],
     home: Home = _HERE,
-    yes: Annotated[bool, typer.Option("--yes", help="Approve without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Approve without asking; for scripts.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a plan would do here, and approve exactly that plan."""
+    """Show what a plan would do here, and approve exactly that plan, for one run."""
     from fedward_client.plan_summary import readable_summary
 
     gate = _gate(home)
     signed = gate.inspect(source)
     if not as_json:
-        table(f"Plan {signed.plan.name}", ("what", "in this plan"), readable_summary(signed))
-        say(f"digest {signed.digest}")
-    if not yes:
-        if as_json or not sys.stdin.isatty():
-            raise UsageError("approval was not confirmed", remedy="Confirm on the terminal, or add --yes.")
-        typer.confirm("Approve this plan for this site?", abort=True)
+        table(("", ""), readable_summary(signed))
+        say(f"Digest, to compare with the coordinator:\n  {signed.digest}")
+    confirm("Approve this plan for this site?", yes=yes, as_json=as_json)
     gate.approve(signed)
     emit(
         {"approved": signed.digest, "name": signed.plan.name},
@@ -229,8 +264,12 @@ def plan_approve(
 
 @outbound.command("show")
 def outbound_show(
-    round_index: Annotated[int | None, typer.Argument(metavar="[ROUND]", help="Only this round.")] = None,
-    run_id: Annotated[str | None, typer.Option("--run", help="Only this run.")] = None,
+    round_index: Annotated[
+        int | None, typer.Argument(metavar="ROUND", help="Only this round; all if not given.")
+    ] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="Only this run, by its id.")
+    ] = None,
     home: Home = _HERE,
     as_json: AsJson = False,
 ) -> None:
@@ -295,30 +334,9 @@ class _Progress:
             self._bar.stop()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; every error ends with its remedy and its exit code."""
-    try:
-        code = app(standalone_mode=False)  # a command's own exit code is returned, not raised
-        sys.stdout.flush()
-    except FederationError as error:
-        sys.exit(complain(error, as_json="--json" in sys.argv))
-    except typer.Abort:
-        sys.stderr.write("stopped\n")
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # the reader of our output has gone, for example `head`; keep Python from failing at exit too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if error.__class__.__module__.startswith("click"):
-            show = getattr(error, "show", None)
-            if show is not None:
-                show()
-            sys.exit(getattr(error, "exit_code", 2))
-        raise
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(run_command(app, "fedward-site", sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

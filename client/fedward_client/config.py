@@ -3,7 +3,8 @@
 HOME/site.toml        settings (this module)      HOME/policy.toml    what may run unasked (policy.py)
 HOME/identity/        keys and certificates       HOME/plans/         plans and approvals (approvals.py)
 HOME/pseudonym.key    key of the case ids         HOME/audit.jsonl    the audit log
-HOME/index.sqlite     the cohort                  HOME/outbound/      what left
+HOME/index.sqlite     the cohort                  HOME/site.log       the daemon's log
+HOME/site.lock        held by the daemon
 """
 
 from __future__ import annotations
@@ -84,9 +85,14 @@ class SiteHome:
         return self.root / "plans"
 
     @property
-    def outbound(self) -> Path:
-        """Copies of what left."""
-        return self.root / "outbound"
+    def lock(self) -> Path:
+        """Held by the daemon that serves this home; the file itself says nothing."""
+        return self.root / "site.lock"
+
+    @property
+    def log(self) -> Path:
+        """What the daemon did and why something failed, for the operator."""
+        return self.root / "site.log"
 
 
 def load_config(home: SiteHome) -> SiteConfig:

@@ -2,7 +2,7 @@
 
 This process holds the keys and the connection and never loads PyTorch or a DICOM parser; the worker it
 starts does, and holds neither. A worker that has had nothing to do for a while is ended, so that an idle
-site costs a hospital's workstation next to nothing.
+site costs a hospital's workstation next to nothing. A home has one daemon: two would count the same rounds.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fedward_client.worker_process import WorkerProcess
 from fedward_common import logs
 from fedward_common.audit import AuditLog
 from fedward_common.errors import IdentityError
+from fedward_common.home_lock import lock_home
 from fedward_common.identity import Identity, client_context, load_identity, sign
 
 if TYPE_CHECKING:
     from fedward_client.node import SiteNode
 
-LOG_FILE = "site.log"
 _HEALTH_S = 10.0
 _IDLE_WORKER_S = 900.0
 
@@ -53,9 +53,22 @@ def run_site(home: SiteHome, *, warm: bool, ready: Callable[[str], None]) -> Non
         ready: told once, with a line for people, before the first connection.
 
     Raises:
-        FederationError: settings, keys or policy cannot be used; nothing was connected.
+        FederationError: settings, keys or policy cannot be used, or another daemon serves this home;
+            nothing was connected.
     """
     config = load_config(home)
+    lock = lock_home(
+        home.lock,
+        holder=f"another daemon already serves {home.root}",
+        remedy="Leave it running, or stop it first; a second site needs a home of its own: fedward-site join",
+    )
+    try:
+        _serve(home, config, warm, ready)
+    finally:
+        os.close(lock)
+
+
+def _serve(home: SiteHome, config: SiteConfig, warm: bool, ready: Callable[[str], None]) -> None:
     identity = load_identity(home.identity)
     if (identity.peer.role, identity.peer.name) != ("site", config.name):
         raise IdentityError(
@@ -67,7 +80,7 @@ def run_site(home: SiteHome, *, warm: bool, ready: Callable[[str], None]) -> Non
     worker = WorkerProcess()
     session = _session(home, config, identity, audit, worker)
     node = _node(home, config, session)
-    logs.configure(home.root / LOG_FILE, site=config.name)  # after Flower, which installs a handler
+    logs.configure(home.log, site=config.name)  # after Flower, which installs a handler
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())

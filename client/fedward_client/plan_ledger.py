@@ -3,7 +3,7 @@
 A small SQLite file, because the daemon and the operator's commands use it at the same time, and because
 each answer must be on the disk before it is acted on. One row a plan; a plan is bound to the first run
 that uses it and to no other, ever, and a run is bound to one plan. One row a round taken part in, with
-the one model that this site ever trained in it.
+the one model that this site ever trained in it; and one row for each model measured.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from fedward_common.envelope import Instruction
 from fedward_common.errors import PolicyError
 
 _SCHEMA = (
@@ -35,6 +36,14 @@ CREATE TABLE IF NOT EXISTS rounds (
   round_index INTEGER NOT NULL,
   base_digest TEXT NOT NULL,
   PRIMARY KEY (run_id, round_index)
+) STRICT
+""",
+    """
+CREATE TABLE IF NOT EXISTS measurements (
+  run_id TEXT NOT NULL,
+  place TEXT NOT NULL,
+  base_digest TEXT NOT NULL,
+  PRIMARY KEY (run_id, place, base_digest)
 ) STRICT
 """,
 )
@@ -112,6 +121,30 @@ class PlanLedger:
                 return True
             entered = "SELECT 1 FROM rounds WHERE run_id = ? AND round_index = ? AND base_digest = ?"
             return database.execute(entered, entry).fetchone() is not None
+
+    def enter_measurement(self, instruction: Instruction, place: str, *, max_models: int) -> bool:
+        """Enter that a model is measured; False when other models have used up its place.
+
+        The same question comes again when an answer was lost, or a run is resumed.
+
+        Args:
+            instruction: names run, plan and model.
+            place: where in the plan the question belongs.
+            max_models: how many models may be measured there.
+        """
+        with self._transaction() as database:
+            bound = "SELECT 1 FROM plans WHERE run_id = ? AND digest = ?"
+            if database.execute(bound, (instruction.run_id, instruction.plan_digest)).fetchone() is None:
+                return False
+            measured = "SELECT base_digest FROM measurements WHERE run_id = ? AND place = ?"
+            entered = {digest for (digest,) in database.execute(measured, (instruction.run_id, place))}
+            if instruction.base_digest in entered:
+                return True
+            if len(entered) >= max_models:
+                return False
+            entry = (instruction.run_id, place, instruction.base_digest)
+            database.execute("INSERT INTO measurements VALUES (?, ?, ?)", entry)
+            return True
 
     def row(self, digest: str) -> LedgerRow | None:
         """One plan, None if it was never entered."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fedward_client.questions import MAX_MODELS
 from fedward_common.evaluation.state import state_layout
 from fedward_common.plan import SignedPlan, TrainingPlan
 from fedward_common.weights import num_bytes
@@ -89,7 +90,8 @@ def _in_all(signed: SignedPlan) -> int:
     """Bytes of all payloads that the plan can call for, envelopes (under 2 kB each) included."""
     plan = signed.plan
     evaluations = plan.rounds // plan.evaluation.every + plan.evaluation.initial
-    at_the_end = 3 + plan.evaluation.compare_local  # last round again, validation and test, local model
+    # last round's validation, the test as often as a site permits, the local model
+    at_the_end = 1 + MAX_MODELS + plan.evaluation.compare_local
     states = (evaluations + at_the_end) * _state_bytes(plan)
     messages = plan.rounds + evaluations + at_the_end + 1
     return plan.rounds * num_bytes(signed.body.layout) + states + 2000 * messages
@@ -100,7 +102,8 @@ def _numbers(plan: TrainingPlan) -> str:
     return (
         "number of cases per purpose; per round the number of training cases and their mean loss; as metric"
         f" counts the confusion matrix, how many cases fall into each of {plan.evaluation.score_bins} cells"
-        f" of model score, and two sums of errors{local}"
+        f" of model score, and two sums of errors{local}; of at most {MAX_MODELS} different models for each"
+        f" measured round on validation cases, and of {MAX_MODELS} in all on test cases"
     )
 
 

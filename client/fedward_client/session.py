@@ -25,13 +25,13 @@ from fedward_common.protocol import Down, Up
 
 
 class Gate(Protocol):
-    """Decides whether a plan may run here, and whether a round may be taken part in."""
+    """Decides whether a plan may run here, and which questions of its server are answered."""
 
     def decide(self, document: bytes, run_id: str) -> SignedPlan:
         """Return the plan if its signature holds and it is approved; raise an error with `code` if not."""
 
-    def admit_round(self, run_id: str, round_index: int, base_digest: str) -> None:
-        """Raise an error with `code` when the round was already taken part in with another model."""
+    def admit(self, signed: SignedPlan, instruction: Instruction) -> None:
+        """Raise an error with `code` when the plan has no such question, or it was about another model."""
 
 
 class SiteWorker(Protocol):
@@ -173,8 +173,7 @@ class SiteSession:
             self._open(signed)
             return self._door.counts(instruction, signed, self._counts)
         payload = self._checked(instruction, down.payload, signed)
-        if instruction.action == "train":
-            self._gate.admit_round(instruction.run_id, instruction.round_index, instruction.base_digest or "")
+        self._gate.admit(signed, instruction)
         self._open(signed)
         up = self._work(instruction, signed, payload)
         self._last = (instruction, up)

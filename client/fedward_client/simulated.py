@@ -3,23 +3,30 @@
 The simulation in the server package finds `SimulatedSites` by its name. Each site has its own folder; they
 share as many worker processes as may train at the same time, so 100 sites need no more memory for
 PyTorch than two. What a plan gate and a certificate protect at a hospital is not simulated: plans are
-accepted as given and keys are made on the spot.
+accepted as given and keys are made on the spot. What a site does and where it failed is in its own log,
+HOME/site.log, as at a hospital; `failures` reads it for the researcher.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedward_client.config import SiteHome
 from fedward_client.outbound import OutboundDoor
 from fedward_client.session import SiteSession, SiteSettings, SiteWorker
 from fedward_client.site_data import SiteData
+from fedward_client.site_failures import SiteFailures
 from fedward_client.worker_process import WorkerProcess
 from fedward_common.audit import AuditLog
-from fedward_common.envelope import job_seed
+from fedward_common.envelope import Instruction, job_seed
 from fedward_common.identity import new_signer
+from fedward_common.logs import JsonLines
 from fedward_common.plan import SignedPlan, TrainingPlan, parse_signed_plan
 from fedward_common.weights import TensorSpec
 
@@ -37,8 +44,8 @@ class _OpenGate:
         del run_id
         return parse_signed_plan(document)
 
-    def admit_round(self, run_id: str, round_index: int, base_digest: str) -> None:
-        """Any round, any number of times."""
+    def admit(self, signed: SignedPlan, instruction: Instruction) -> None:
+        """Any question, any number of times."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,17 @@ class SimulatedSites:
             apps[name] = client_app(session)
         return apps, keys
 
+    def failures(self, folders: Mapping[str, Path], plan: TrainingPlan) -> SiteFailures:
+        """What will have failed at which site, read from the sites' logs.
+
+        Args:
+            folders: as for `open_sites`, whichever engine runs them.
+            plan: the plan that they are going to carry out.
+        """
+        data = {name: _data_of(folder) for name, folder in folders.items()}
+        logs = {name: SiteHome(place.home).log for name, place in data.items()}
+        return SiteFailures(logs, data, plan)
+
     def close(self) -> None:
         """End the workers; whoever still asks one is refused."""
         for worker in self.workers:
@@ -98,8 +116,7 @@ class SimulatedSites:
 
 def simulated_settings(name: str, folder: Path, *, threads: int, device: str) -> SiteSettings:
     """Settings of a site whose `dicom/`, `labels.csv` and home are in `folder`."""
-    data = SiteData(folder / "home", folder / "dicom", folder / "labels.csv")
-    return SiteSettings(name, data, threads, device)
+    return SiteSettings(name, _data_of(folder), threads, device)
 
 
 def simulated_session(
@@ -109,9 +126,27 @@ def simulated_session(
     home = settings.data.home
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     door = OutboundDoor(settings.name, sign, AuditLog(home / "audit.jsonl").append)
-    return SiteSession(settings, _OpenGate(), door, worker, _say_nothing)
+    return SiteSession(settings, _OpenGate(), door, worker, _SiteLog(SiteHome(home).log, settings.name))
 
 
-def _say_nothing(event: str, **fields: Any) -> None:
-    """Refusals reach the researcher as numbers in the run's events."""
-    del event, fields
+def _data_of(folder: Path) -> SiteData:
+    return SiteData(folder / "home", folder / "dicom", folder / "labels.csv")
+
+
+class _SiteLog:
+    """Writes a site's events as the daemon's log does; opened for each line, as sites may be thousands."""
+
+    def __init__(self, path: Path, site: str) -> None:
+        self._path = path
+        self._lines = JsonLines({"site": site})
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        level = logging.INFO
+        record = {"name": __name__, "levelno": level, "levelname": logging.getLevelName(level), "msg": event}
+        line = self._lines.format(logging.makeLogRecord({**record, **fields}))
+        with suppress(OSError), open(self._path, "a", encoding="utf-8", opener=_private) as file:
+            file.write(line + "\n")  # a full disk must not stop a site, here as at a hospital
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

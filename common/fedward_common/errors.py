@@ -171,7 +171,7 @@ _MEANINGS: dict[RefusalCode, str] = {
     RefusalCode.PLAN_NOT_APPROVED: "waiting for the site's operator to approve the plan",
     RefusalCode.PLAN_REFUSED: "the site's policy refuses the plan",
     RefusalCode.PLAN_UNSUPPORTED: "the site's installation lacks a part that the plan names",
-    RefusalCode.ROUND_REPLAYED: "the site already took part in that round with another model",
+    RefusalCode.ROUND_REPLAYED: "the plan has no such question, or the site answered it for other models",
     RefusalCode.BASE_MISMATCH: "the model received does not match its digest",
     RefusalCode.PAYLOAD_MALFORMED: "the message received does not have the form in the plan",
     RefusalCode.COHORT_UNUSABLE: "the site's images or labels cannot be used for this plan",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import EntryPoints, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
 from fedward_common.errors import PlanError
@@ -57,13 +57,13 @@ class Registry:
             )
 
 
-def _installed(kind: str) -> EntryPoints:
+def _installed(kind: str) -> Any:
     """Entry points of installed packages that offer parts of one kind."""
     return _all_installed(tuple(sys.path)).select(group=f"fedward.{kind}")
 
 
 @lru_cache(maxsize=2)
-def _all_installed(path: tuple[str, ...]) -> EntryPoints:
+def _all_installed(path: tuple[str, ...]) -> Any:
     """Every entry point; looked for once a process, because reading all packages takes 50 ms and more."""
     del path  # where installed packages are found: another path is another answer
     return entry_points()

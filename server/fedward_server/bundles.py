@@ -40,14 +40,16 @@ from starlette.concurrency import run_in_threadpool
 
 from fedward_common.transfer import FLEET_PULL, FLEET_PUSH, RUNTIME_PULL, RUNTIME_PUSH, bundled
 from fedward_common.transfer_pb2 import Object, PullReply, PullRequest, PushReply, PushRequest
-from fedward_server.listeners import Receive, Scope, Send
+from fedward_server.allowance import Allowances
+from fedward_server.listeners import Receive, Scope, Send, header
 
 
 class Bundles:
     """Answers the bundled requests, and leaves all others to Flower's application."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, allowances: Allowances) -> None:
         self._app = app
+        app.state.allowances = allowances
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -70,7 +72,14 @@ def _fleet_pull(request: Request[Any], body: bytes) -> PullReply:
     asked = _from_site(request, _parsed(PullRequest, body))
     own = PullMessagesRequest(node=Node(node_id=asked.node_id))
     state = _state(request)
-    return _with_objects(fleet_handlers.pull_messages(own, state, state.object_store), state)
+    reply = fleet_handlers.pull_messages(own, state, state.object_store)
+    bundle = _with_objects(reply, state)
+    for tree in reply.message_object_trees:
+        contents = (state.object_store.get(node.object_id) or b"" for node in iterate_object_tree(tree))
+        request.app.state.allowances.renew(
+            node_key_of(request.scope), tree.object_id, sum(map(len, contents))
+        )
+    return bundle
 
 
 def _fleet_push(request: Request[Any], body: bytes) -> PushReply:
@@ -119,6 +128,11 @@ _HANDLERS: dict[str, Callable[[Request[Any], bytes], PullReply | PushReply]] = {
     RUNTIME_PULL: _runtime_pull,
     RUNTIME_PUSH: _runtime_push,
 }
+
+
+def node_key_of(scope: Scope) -> bytes:
+    """The Flower node key that a site's request carries; the guard has compared it with the certificate."""
+    return header(scope, b"flwr-public-key") or b""
 
 
 def _state(request: Request[Any]) -> Any:

@@ -1,7 +1,7 @@
 """`fedward`: what coordinators and researchers type. Parse, call, print, exit.
 
-Heavy imports are inside the commands, so the help appears at once. Errors end in `main`, the only place
-that prints them and chooses the exit code.
+Heavy imports are inside the commands, so the help appears at once. Errors end in `run_command`, which
+prints them and chooses the exit code.
 """
 
 from __future__ import annotations
@@ -10,49 +10,81 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedward_common.errors import FederationError, RunFailedError, UsageError
+from fedward_common.console import emit, run_command, say, show_version, table
+from fedward_common.errors import RunFailedError
 from fedward_server.cli_plan import plan
 from fedward_server.cli_run import run, sites
-from fedward_server.console import complain, emit, say, table
+
+if TYPE_CHECKING:
+    from fedward_common.federation import Federation
 
 app = typer.Typer(
     name="fedward",
     help="Federated learning across hospitals: make a federation, sign plans, run and watch them.",
+    epilog="A hospital's side is the command fedward-site. Try it all on this machine: fedward demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
-app.add_typer(plan, name="plan")
-app.add_typer(run, name="run")
-app.command("sites")(sites)
+_OPERATE, _COORDINATE, _TRY = "Run a federation's server", "Coordinate", "On this machine alone"
+app.add_typer(plan, name="plan", rich_help_panel=_COORDINATE)
+app.add_typer(run, name="run", rich_help_panel=_COORDINATE)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_CANCELLED = 130
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+EventsAsJson = Annotated[
+    bool, typer.Option("--json", help="Print the run's events as JSON, one a line, and nothing else.")
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"],
+    typer.Option(help="Where to train; auto takes a GPU if there is one."),
+]
 
 
-@app.command()
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options before any command."""
+
+
+@app.command(rich_help_panel=_OPERATE)
 def provision(
     directory: Annotated[Path, typer.Argument(help="Folder of the federation; made if absent.")],
-    name: Annotated[str, typer.Option(help="What people call the federation. Needed the first time.")] = "",
+    name: Annotated[str, typer.Option(help="The federation's name, for people. Needed the first time.")] = "",
     host: Annotated[
         list[str] | None,
-        typer.Option(help="DNS name or address of the server; members use the first. Needed the first time."),
+        typer.Option(
+            help="DNS name or address of the server; give several as a,b: members use the first."
+            " Needed the first time."
+        ),
     ] = None,
-    site: Annotated[list[str] | None, typer.Option(help="A site to add; a,b,c adds three.")] = None,
-    coordinator: Annotated[list[str] | None, typer.Option(help="A coordinator to add.")] = None,
-    observer: Annotated[list[str] | None, typer.Option(help="An observer to add; may only watch.")] = None,
-    server_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where sites connect.")] = None,
+    site: Annotated[
+        list[str] | None, typer.Option(help="Name of a site (hospital) to add; a,b,c adds three.")
+    ] = None,
+    coordinator: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a coordinator to add, who signs plans and starts runs; a,b adds two."),
+    ] = None,
+    observer: Annotated[
+        list[str] | None, typer.Option(help="Name of an observer to add, who may only watch; a,b adds two.")
+    ] = None,
+    server_port: Annotated[
+        int | None,
+        typer.Option(metavar="PORT", min=1, max=65535, help="Where sites connect; 8443 if not given."),
+    ] = None,
     control_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Where coordinators connect.")
+        int | None,
+        typer.Option(metavar="PORT", min=1, max=65535, help="Where coordinators connect; 8444 if not given."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a federation's authority and everybody's keys; run again to add members."""
+    """Make a federation's authority and everybody's keys; run it again to add members."""
     from fedward_server.provisioning import provision as make
 
     federation = make(
@@ -65,11 +97,7 @@ def provision(
         server_port=server_port,
         control_port=control_port,
     )
-    members = [
-        *(("site", each, f"sites/{each}") for each in federation.sites),
-        *(("coordinator", each, f"coordinators/{each}") for each in federation.coordinators),
-        *(("observer", each, f"observers/{each}") for each in federation.observers),
-    ]
+    members = _members(federation)
     document = {
         "federation": federation.name,
         "federation_id": federation.federation_id,
@@ -82,24 +110,38 @@ def provision(
     def show() -> None:
         say(f"Federation {federation.name} in {directory}; fingerprint to compare by phone:")
         say(f"  {federation.fingerprint}")
-        table(("role", "name", "folder for this member only"), members)
+        table(("Role", "Name", "Folder for this member only"), members)
         say(f"Keep {directory / 'ca'} off the server. Next: fedward serve {directory}")
 
     emit(document, as_json=as_json, show=show)
 
 
-@app.command()
+@app.command(rich_help_panel=_OPERATE)
 def serve(
     directory: Annotated[
         Path,
         typer.Argument(help="The federation's folder, or the server's part of it.", envvar="FEDWARD_HOME"),
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",  # noqa: S104 - mutual TLS
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the default is every network.")
+    ] = "0.0.0.0",  # noqa: S104 - mutual TLS
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="For sites; as provisioned if not given.")
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="For sites; as provisioned if not given, 0 takes a free one.",
+        ),
     ] = None,
     control_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="For coordinators; as provisioned if not given.")
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="For coordinators; as provisioned if not given, 0 takes a free one.",
+        ),
     ] = None,
 ) -> None:
     """Serve sites and coordinators until stopped (SIGTERM or Ctrl-C)."""
@@ -117,24 +159,42 @@ def serve(
     )
 
 
-@app.command()
+app.command("sites", rich_help_panel=_COORDINATE)(sites)
+
+
+@app.command(rich_help_panel=_TRY)
 def simulate(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in TOML.")],
-    sites: Annotated[int, typer.Option(min=1, max=10_000, help="How many sites.")],
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in TOML; it need not be signed.")],
+    sites: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How many sites.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="Images to divide among the sites (.npz), or a folder with one folder a site."),
+        typer.Option(
+            help="Images to divide among the sites (an .npz file as in MedMNIST), or a folder with SITE/dicom"
+            " and SITE/labels.csv for each site. If not given: real radiographs from FEDWARD_DATA if they are"
+            " there, else phantoms drawn on the spot."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for models, records and report.")] = Path("simulation"),
-    workers: Annotated[int, typer.Option(min=0, help="Sites at a time; 0: one a core or GPU.")] = 0,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads a site; 0: shares the cores.")] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to train.")] = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Folder for images, models, records, report.html and the sites' logs.")
+    ] = Path("simulation"),
+    workers: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Sites that train at the same time; 0: one for each CPU core."),
+    ] = 0,
+    threads: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="CPU threads for each site that trains; 0 shares the cores."),
+    ] = 0,
+    device: Device = "auto",
     engine: Annotated[
-        Literal["local", "ray"], typer.Option(help="ray: Flower's engine for clusters.")
+        Literal["local", "ray"],
+        typer.Option(
+            help="local: processes on this machine; ray: Flower's engine, here or on a Ray cluster."
+        ),
     ] = "local",
-    as_json: AsJson = False,
+    as_json: EventsAsJson = False,
 ) -> None:
-    """Run a plan with many sites on this machine, without a network."""
+    """Run a plan with many sites on this machine, without a network and without keys."""
     from fedward_common.plan import read_plan
     from fedward_server.simulation import simulate as run_simulation
 
@@ -152,13 +212,23 @@ def simulate(
     _expect_completed(status)
 
 
-@app.command()
+@app.command(rich_help_panel=_TRY)
 def demo(
-    data: Annotated[Path | None, typer.Option(help="Chest radiographs (.npz in MedMNIST's form).")] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds to run.")] = 5,
-    sites: Annotated[int, typer.Option(min=1, max=64, help="Sites, each a process of its own.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
-    as_json: AsJson = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Chest radiographs (an .npz file as in MedMNIST). If not given: those from FEDWARD_DATA if"
+            " they are there, else phantoms drawn on the spot."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Rounds to run.")] = 5,
+    sites: Annotated[
+        int, typer.Option(metavar="N", min=1, max=64, help="How many sites, each a process of its own.")
+    ] = 3,
+    out: Annotated[
+        Path, typer.Option(help="Folder for everything the demo makes; new, or of an earlier demo.")
+    ] = Path("demo"),
+    as_json: EventsAsJson = False,
 ) -> None:
     """Make a federation on this machine, run it over mutual TLS, and write report.html."""
     from fedward_server.demo import demo as run_demo
@@ -168,51 +238,17 @@ def demo(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; every error is printed with its remedy."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in given
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it writes every failed handshake to standard error
-    try:
-        command = typer.main.get_command(app)
-        code = command.main(given, prog_name="fedward", standalone_mode=False)
-        sys.stdout.flush()
-    except FederationError as error:
-        return complain(error, as_json=as_json)
-    except (typer.Abort, KeyboardInterrupt):
-        sys.stderr.write("stopped\n")
-        return _CANCELLED
-    except BrokenPipeError:
-        # the reader of our output has gone, for example `head`; keep Python from failing at exit too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        usage = _usage_error(error)
-        if usage is None:
-            raise
-        if _is_bare(error) and not as_json:
-            sys.stderr.write(f"{error}\n")
-            return usage.exit_code
-        return complain(usage, as_json=as_json)
-    return code if isinstance(code, int) else 0
+    return run_command(app, "fedward", sys.argv[1:] if arguments is None else arguments)
 
 
-def _usage_error(error: Exception) -> UsageError | None:
-    """What the parser found wrong with the command line; None for anything else."""
-    import click
-
-    if not isinstance(error, click.ClickException):
-        return None
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        return UsageError("a command is missing", remedy=f"See: {error.ctx.command_path} --help")
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "fedward"
-    return UsageError(error.format_message(), remedy=f"See: {command} --help")
-
-
-def _is_bare(error: Exception) -> bool:
-    """Whether a group of commands was named without a command: then its help is the answer."""
-    import click
-
-    return isinstance(error, click.exceptions.NoArgsIsHelpError)
+def _members(federation: Federation) -> list[tuple[str, str, str]]:
+    """Role, name and folder of every member."""
+    return [
+        *(("site", each, f"sites/{each}") for each in federation.sites),
+        *(("coordinator", each, f"coordinators/{each}") for each in federation.coordinators),
+        *(("observer", each, f"observers/{each}") for each in federation.observers),
+    ]
 
 
 def _listed(values: Sequence[str] | None) -> list[str]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedward_server.console import emit, read_file, say, table, write_file
+from fedward_common.console import emit, say, table
+from fedward_server.console import read_file, write_file
 
 if TYPE_CHECKING:
     from fedward_common.plan import SignedPlan, TrainingPlan
@@ -15,19 +16,21 @@ if TYPE_CHECKING:
 
 plan = typer.Typer(help="Training plans: check and sign them.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @plan.command("check")
 def check(
-    path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in TOML, or a signed plan.")],
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in TOML, or a signed plan's file.")],
     identity: Annotated[
         Path | None,
-        typer.Option(envvar="FEDWARD_IDENTITY", help="Any member's directory: also checks a signature."),
+        typer.Option(
+            envvar="FEDWARD_IDENTITY", help="Any member's folder: to check a signed plan's signature as well."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a plan with every part it names, and show what it asks of a site."""
+    """Check a plan and every part that it names, and show what it asks of a site; nothing is sent."""
     from fedward_common.plan import check_names, parse_signed_plan, read_plan
 
     signed: SignedPlan | None = None
@@ -48,14 +51,19 @@ def check(
 @plan.command("sign")
 def sign(
     path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in TOML.")],
-    identity: Annotated[Path, typer.Option(envvar="FEDWARD_IDENTITY", help="A coordinator's directory.")],
-    out: Annotated[Path, typer.Option(help="Where to write the signed plan.")],
+    identity: Annotated[
+        Path, typer.Option(envvar="FEDWARD_IDENTITY", help="A coordinator's folder, from: fedward provision.")
+    ],
+    out: Annotated[Path, typer.Option(help="File for the signed plan.")],
     valid_days: Annotated[
-        float, typer.Option(min=0.001, max=3650, help="Days until it expires, unless the plan says.")
+        float,
+        typer.Option(
+            metavar="DAYS", min=0.001, max=3650, help="Until it expires, unless the plan has `expires`."
+        ),
     ] = 30,
     as_json: AsJson = False,
 ) -> None:
-    """Sign a plan: from then on its every byte is fixed, and so is what may leave a site."""
+    """Sign a plan for one run; from then on every byte of it is fixed, and so is what may leave a site."""
     from fedward_common.identity import load_identity, sign_plan
     from fedward_common.plan import check_names, read_plan
 
@@ -119,7 +127,13 @@ def _show(
         ("privacy", f"no number from fewer than {content.privacy.min_cases} cases"),
         ("signature", _signature(signed, checked=signature_checked)),
     ]
-    emit(document, as_json=as_json, show=lambda: table(("", ""), rows))
+
+    def show() -> None:
+        table(("", ""), rows)
+        if signed is not None:
+            say(f"Digest that sites approve:\n  {signed.digest}")
+
+    emit(document, as_json=as_json, show=show)
 
 
 def _training(content: TrainingPlan) -> str:
@@ -134,4 +148,4 @@ def _signature(signed: SignedPlan | None, *, checked: bool) -> str:
     if signed is None:
         return "none yet"
     verdict = "holds" if checked else "not checked; give --identity"
-    return f"by {signed.signer}: {verdict}; digest {signed.digest}"
+    return f"by {signed.signer}: {verdict}"

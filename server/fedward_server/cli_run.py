@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedward_common.console import confirm, emit, plain, say, table
 from fedward_common.errors import ConnectionLostError, PayloadError, RunFailedError
-from fedward_server.console import confirm, emit, plain, read_file, say, table, write_file
+from fedward_server.console import read_file, show_result, write_file
 
 if TYPE_CHECKING:
     from fedward_common.evaluation.report import RunReport
@@ -19,22 +20,36 @@ if TYPE_CHECKING:
 
 run = typer.Typer(help="Runs: start, watch, stop and resume them, read reports.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+EventsAsJson = Annotated[
+    bool, typer.Option("--json", help="Print the run's events as JSON, one a line, and nothing else.")
+]
+RunAndEventsAsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print JSON: the run on the first line, then, if watched, an event a line."),
+]
+Watch = Annotated[bool, typer.Option(help="Show the run until it ends. It goes on if you leave with Ctrl-C.")]
 IdentityDir = Annotated[
     Path,
-    typer.Option("--identity", envvar="FEDWARD_IDENTITY", help="A coordinator's or observer's directory."),
+    typer.Option(
+        "--identity",
+        envvar="FEDWARD_IDENTITY",
+        help="A coordinator's folder, or an observer's to look only; from: fedward provision.",
+    ),
 ]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id; see: fedward run list.")]
 
 
 @run.command("start")
 def start(
-    signed: Annotated[Path, typer.Argument(metavar="SIGNED", help="A signed plan; see: fedward plan sign.")],
+    signed: Annotated[
+        Path, typer.Argument(metavar="SIGNED", help="A signed plan's file, from: fedward plan sign.")
+    ],
     identity: IdentityDir,
-    watch: Annotated[bool, typer.Option(help="Show the run until it ends; it goes on if you leave.")] = True,
-    as_json: AsJson = False,
+    watch: Watch = True,
+    as_json: RunAndEventsAsJson = False,
 ) -> None:
-    """Start a run; with --json and --watch, the first line is the run, the others are its events."""
+    """Start a run of a signed plan, and show it until it ends; exit code 0 only if it was completed."""
     document = read_file(signed)
     with _client(identity) as client:
         info = client.launch(document)
@@ -67,14 +82,14 @@ def list_runs(identity: IdentityDir, as_json: AsJson = False) -> None:
             )
             for info in infos
         ]
-        table(("run", "status", "rounds", "started", "reason"), rows)
+        table(("Run", "Status", "Rounds", "Started", "Reason"), rows)
 
     emit([info.model_dump(mode="json") for info in infos], as_json=as_json, show=show)
 
 
 @run.command("watch")
-def watch_run(run_id: RunId, identity: IdentityDir, as_json: AsJson = False) -> None:
-    """Show a run from its beginning until it ends; exit code 0 only if it was completed."""
+def watch_run(run_id: RunId, identity: IdentityDir, as_json: EventsAsJson = False) -> None:
+    """Show a run from its first event until it ends; exit code 0 only if it was completed."""
     with _client(identity) as client:
         _follow(client, run_id, as_json=as_json)
 
@@ -97,10 +112,10 @@ def stop(
 def resume(
     run_id: RunId,
     identity: IdentityDir,
-    watch: Annotated[bool, typer.Option(help="Show the run until it ends; it goes on if you leave.")] = True,
-    as_json: AsJson = False,
+    watch: Watch = True,
+    as_json: RunAndEventsAsJson = False,
 ) -> None:
-    """Continue a run that ended early, after its last committed round."""
+    """Continue a run that ended early after its last committed round, and show it until it ends."""
     with _client(identity) as client:
         info = client.resume(run_id)
         if as_json:
@@ -116,10 +131,10 @@ def resume(
 def report(
     run_id: RunId,
     identity: IdentityDir,
-    out: Annotated[Path | None, typer.Option(help="Write the report there, as one HTML page.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the report as one HTML page.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run's report as a table, write it as an HTML page, or print it as JSON."""
+    """Show a run's report as a table; with --out, write it as an HTML page; with --json, print all of it."""
     with _client(identity) as client:
         document = client.report(run_id)
     parsed = _parsed(document)
@@ -129,12 +144,9 @@ def report(
         write_file(out, render_html(parsed).encode())
 
     def show() -> None:
-        from fedward_common.evaluation.report import render_terminal_table
-
-        rows = render_terminal_table(parsed)
         reason = f", {plain(parsed.reason)}" if parsed.reason else ""
         say(f"{parsed.name}, run {run_id}: {parsed.verdict}{reason}")
-        table(rows[0], rows[1:])
+        show_result(parsed)
         if out is not None:
             say(f"Report: {out}")
 
@@ -149,7 +161,7 @@ def sites(identity: IdentityDir, as_json: AsJson = False) -> None:
     emit(
         [site.model_dump(mode="json") for site in found],
         as_json=as_json,
-        show=lambda: table(("site", "state"), rows),
+        show=lambda: table(("Site", "State"), rows),
     )
 
 
@@ -194,6 +206,9 @@ def _follow(client: ControlClient, run_id: str, *, as_json: bool) -> None:
             f"run {run_id} {status} after round {info.rounds_done} of {info.rounds_total}: {info.reason}",
             remedy=f"When the cause is removed: fedward run resume {run_id}",
         )
+    if not as_json:
+        show_result(_parsed(client.report(run_id)))
+        say(f"Report as a page: fedward run report {run_id} --out report.html")
 
 
 def _compact(info: RunInfo) -> str:

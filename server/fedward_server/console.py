@@ -1,66 +1,32 @@
-"""How the coordinators' commands speak: tables for people, JSON with `--json`, errors with a remedy.
+"""What only the coordinators' commands print or touch: results of runs, and files that the user named.
 
-Results go to standard output and nothing else does, so that `--json` can be piped; errors and questions
-go to standard error. Values are shown as plain text: names come from other machines.
+The way both command lines speak is `fedward_common.console`; its functions can be had from here as well.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fedward_common.errors import FederationError, UsageError
+from fedward_common.console import complain, confirm, emit, plain, say, table
+from fedward_common.errors import UsageError
 
+if TYPE_CHECKING:
+    from fedward_common.evaluation.report import RunReport
 
-def emit(document: Any, *, as_json: bool, show: Callable[[], None]) -> None:
-    """Print `document` as JSON, or let `show` print it for people."""
-    if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
-    else:
-        show()
+__all__ = ["complain", "confirm", "emit", "plain", "read_file", "say", "show_result", "table", "write_file"]
 
 
-def say(text: str = "") -> None:
-    """Print one line for people."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+def show_result(report: RunReport) -> None:
+    """Print a run's result between empty lines: a row a site and one for all, and what the columns hold."""
+    from fedward_common.evaluation.report import render_terminal_table, terminal_notes
 
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; what looks like markup in a value is shown, not obeyed."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        drawn.add_column(column, overflow="fold")
-    for row in rows:
-        drawn.add_row(*(Text(plain(value)) for value in row))
-    Console(highlight=False).print(drawn)
-
-
-def complain(error: FederationError, *, as_json: bool) -> int:
-    """Print an error and its remedy to standard error; returns the exit code."""
-    if as_json:
-        document = {
-            "error": error.message,
-            "kind": type(error).__name__,
-            "remedy": error.remedy,
-            "exit_code": error.exit_code,
-        }
-        sys.stderr.write(json.dumps(document) + "\n")
-        return error.exit_code
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text.assemble(("error: ", "bold red"), plain(error.message)))
-    console.print(Text.assemble(("remedy: ", "bold"), plain(error.remedy)))
-    return error.exit_code
+    columns, *rows = render_terminal_table(report)
+    say()
+    table(columns, rows)
+    notes = terminal_notes(report)
+    for line in ("", *notes, *([""] if notes else [])):
+        say(line)
 
 
 def read_file(path: Path) -> bytes:
@@ -89,27 +55,3 @@ def write_file(path: Path, data: bytes) -> None:
         raise UsageError(
             f"{path}: {error.strerror}", remedy="Give a path in a folder that exists and is writable."
         ) from error
-
-
-def confirm(question: str, *, yes: bool, as_json: bool) -> None:
-    """Ask before something that cannot be undone.
-
-    Raises:
-        UsageError: nobody can be asked, and `--yes` was not given.
-    """
-    if yes:
-        return
-    import typer
-
-    if as_json or not sys.stdin.isatty():
-        raise UsageError("not confirmed", remedy="Confirm on a terminal, or add --yes.")
-    typer.confirm(question, abort=True, err=True)
-
-
-def plain(text: str) -> str:
-    """Text without control characters, which could rewrite a terminal.
-
-    >>> plain("a\\x1b[2Jb\\n")
-    'a [2Jb '
-    """
-    return "".join(character if character.isprintable() else " " for character in text)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedward_common.errors import ConnectionLostError, RunFailedError, UsageError
+from fedward_common.home_lock import lock_home
 from fedward_server.console import say
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _START_S = 60.0
 _STOP_S = 20.0
+_LOCK_FILE = ".lock"
 _SERVER = (sys.executable, "-P", "-m", "fedward_server.cli")
 _SITE = (sys.executable, "-P", "-m", "fedward_client.cli")
 
@@ -53,11 +55,13 @@ def demo(*, data: Path | None, rounds: int, sites: int, out: Path, json_lines: b
 
     tell = (lambda _: None) if json_lines else say
     place = _Place(out, sites)
-    place.clear()
-    tell(f"Images: {place.write_images(data)}")
-    tell(f"Federation: authority, server, coordinator and {sites} sites, keys made in {out / 'federation'}")
-    place.provision()
     with ExitStack() as processes:
+        processes.callback(os.close, place.clear())
+        tell(f"Images: {place.write_images(data)}")
+        tell(
+            f"Federation: authority, server, coordinator and {sites} sites, keys made in {out / 'federation'}"
+        )
+        place.provision()
         place.start(processes)
         tell(f"Running: one server and {sites} site daemons, mutual TLS on 127.0.0.1:{place.port}")
         signed = place.sign_and_approve(rounds)
@@ -83,19 +87,29 @@ class _Place:
         self.names = site_names(num_sites)
         self.port, self.control_port = _free_ports(2)
 
-    def clear(self) -> None:
-        """Remove an earlier demo's federation and sites; keep the images it wrote."""
+    def clear(self) -> int:
+        """Remove an earlier demo's federation and sites; keep the images it wrote.
+
+        Returns:
+            Descriptor of the lock that keeps a second demo out of the folder.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
-        known = {"images", "federation", "homes", "logs", "report.html", "report.json"}
+        known = {"images", "federation", "homes", "logs", "report.html", "report.json", _LOCK_FILE}
         strange = sorted({path.name for path in self.out.iterdir()} - known - {"plan.toml", "plan.signed"})
         if strange:
             raise UsageError(
                 f"{self.out} holds something that no demo made: {strange[0]}",
                 remedy="Give a new or empty folder with --out.",
             )
+        lock = lock_home(
+            self.out / _LOCK_FILE,
+            holder=f"another demo runs in {self.out}",
+            remedy="Wait until it has ended, or give another folder with --out.",
+        )
         for name in ("federation", "homes", "logs"):
             shutil.rmtree(self.out / name, ignore_errors=True)
         (self.out / "logs").mkdir()
+        return lock
 
     def write_images(self, data: Path | None) -> str:
         """Write DICOM files for each site; say which kind of images they are."""
@@ -158,11 +172,9 @@ class _Place:
 
     def show(self, report: RunReport) -> None:
         """Print the result as a table, and where everything is."""
-        from fedward_common.evaluation.report import render_terminal_table
-        from fedward_server.console import table
+        from fedward_server.console import show_result
 
-        columns, *rows = render_terminal_table(report)
-        table(columns, rows)
+        show_result(report)
         say(f"Report: {self.out / 'report.html'}")
         say(f"What left a site: fedward-site outbound show --home {self._home(self.names[0])}")
 

@@ -158,11 +158,13 @@ class RunGrid(HttpGrid):
         if len(there) == len(wanted):  # the server has confirmed it
             contents = {object_id: pull(object_id) for object_id in wanted}
         else:
-            contents = inflatable_utils.pull_objects(wanted, pull)
             received = ConfirmMessageReceivedRequest(
                 node=self.node, run_id=self._run_id, message_object_id=message_id
             )
-            self._runtime_client.ConfirmMessageReceived(received)
+            try:
+                contents = inflatable_utils.pull_objects(wanted, pull)
+            finally:  # whatever it was: it need not stay in the server's memory
+                self._runtime_client.ConfirmMessageReceived(received)
         if _inflated_bytes(contents) > self._max_reply:
             raise ValueError("the reply's tensors are larger than a reply can be")
         reply = inflatable_utils.inflate_object_from_contents(message_id, contents)

@@ -49,7 +49,8 @@ from flwr.superlink.main import create_app
 
 from fedward_common.errors import ConnectionLostError, FederationError
 from fedward_common.identity import Identity, Peer, node_public_key_pem, peer_of
-from fedward_server.bundles import Bundles
+from fedward_server.allowance import Allowances
+from fedward_server.bundles import Bundles, node_key_of
 from fedward_server.listeners import (
     PEER,
     App,
@@ -110,7 +111,8 @@ class Link:
         superlink = sys.modules["flwr.superlink.cli.flower_superlink"]
         app = create_app(_superlink_config(), superlink.SuperLinkLifespan)
         _without_idle_middleware(app)
-        bundles = Bundles(app)
+        allowances = Allowances()
+        bundles = Bundles(app, allowances)
         self._state = app.state.linkstate_factory.state()
         self._tasks: dict[int, int] = {}
         instructions, replies = News(), News()
@@ -118,7 +120,11 @@ class Link:
         sites = uvicorn.Config(
             OnlyPaths(
                 "/v1/fleet/",
-                register.guard(BoundedBody(LongPoll(bundles, awaits=instructions, tells=replies))),
+                register.guard(
+                    BoundedBody(
+                        LongPoll(bundles, awaits=instructions, tells=replies), permits=_pushes(allowances)
+                    )
+                ),
             ),
             host=host,
             port=port,
@@ -291,6 +297,20 @@ def _claims_of(certificate: bytes) -> _Claims:
     return _Claims(
         peer_of(certificate), hashlib.sha256(certificate).hexdigest(), node_public_key_pem(certificate)
     )
+
+
+def _pushes(allowances: Allowances) -> Callable[[Scope, int], bool]:
+    """Permit a site's request unless it pushes more than its messages allow."""
+
+    def permits(scope: Scope, num_bytes: int) -> bool:
+        if not scope["path"].endswith(("/push-messages", "/push-object")):
+            return True
+        permitted = allowances.spend(node_key_of(scope), num_bytes)
+        if not permitted:
+            _log.warning("site_refused", extra={"reason": "too_many_bytes"})
+        return permitted
+
+    return permits
 
 
 def _without_idle_middleware(app: Any) -> None:

@@ -77,10 +77,16 @@ class OnlyPaths:
 
 
 class BoundedBody:
-    """Reads a request's whole body, as the application would, but not more than `MAX_BODY`: 413."""
+    """Reads a request's whole body, as the application would, but not more than `MAX_BODY`: 413.
 
-    def __init__(self, app: App) -> None:
+    Args:
+        app: what serves the request.
+        permits: asked with the bytes of the body whether they may be taken; if not: 413.
+    """
+
+    def __init__(self, app: App, permits: Callable[[Scope, int], bool] = lambda _scope, _size: True) -> None:
         self._app = app
+        self._permits = permits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -88,7 +94,7 @@ class BoundedBody:
             await self._app(scope, receive, send)
             return
         body = await _read_body(receive)
-        if body is None:
+        if body is None or not self._permits(scope, len(body)):
             await answer(send, 413)
             return
         read = False

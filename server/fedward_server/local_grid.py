@@ -8,7 +8,9 @@ federation; messages are copied on the way, as a network would.
 from __future__ import annotations
 
 import concurrent.futures
+import sys
 import threading
+import traceback
 import uuid
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -92,11 +94,16 @@ class LocalGrid(Grid):
         """End the threads; a message in progress is finished first."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def _name_of(self, node_id: int) -> str:
+        return next((node.name for node in self._nodes if node.node_id == node_id), "unknown")
+
     def _deliver(self, message: Message, message_id: str) -> None:
         node_id = message.metadata.dst_node_id
         try:
             reply = self._apps[node_id](message, Context(RUN_ID, node_id, {}, RecordDict(), {}))
         except Exception:  # thread edge: without a reply the server would wait for it until the deadline
+            # The reply says nothing of it, as a hospital's would; but this is the researcher's own machine.
+            sys.stderr.write(f"site {self._name_of(node_id)}: its app failed\n{traceback.format_exc()}")
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION), reply_to=message)
         with self._arrived:
             self._replies[message_id] = reply

@@ -201,6 +201,9 @@ class RoundLoop:
         online = self._fleet.online()
         for answer in self._fleet.ask(sorted(online), question, online):
             sites[answer.site] = None
+            if not answer.ok:
+                refused = {"round": question.round_index, "site": answer.site, "code": int(answer.code)}
+                self._recorder.event("site_refused", refused)
             if answer.state is not None:
                 states.append(answer.state)
                 sites[answer.site] = self._summary(answer.state, question)

@@ -1,8 +1,8 @@
 """Many sites on one machine: the same server app and client app as a real federation, no network.
 
-As many sites train at the same time as there are processor cores (or GPUs); each uses its share of
-threads, so that the result has the same bits as that of real processes given the same share. The
-client's side is found by name, as the two packages do not import each other.
+As many sites train at the same time as there are processor cores; each uses its share of threads, so that
+the result has the same bits as that of real processes given the same share. The client's side is found by
+name, as the two packages do not import each other.
 """
 
 from __future__ import annotations
@@ -15,11 +15,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedward_common.errors import FederationError, PlanError
+from fedward_common.console import complain, say
+from fedward_common.errors import FederationError, PlanError, RunFailedError, UsageError
+from fedward_common.home_lock import lock_home
 from fedward_common.plan import PlanBody, SignedPlan, TrainingPlan, canonical_bytes, check_names
 from fedward_common.weights import Layout, unpack
+
+if TYPE_CHECKING:
+    from fedward_server.run_records import RunStatus
+    from fedward_server.simulated_failures import Failures
 
 Engine = Literal["local", "ray"]
 _DEADLINE_S = 86400.0
@@ -32,7 +38,7 @@ class SimulationSettings:
     Attributes:
         out: folder for the run's record, checkpoints and report.
         folders: site name -> folder with `dicom/` and `labels.csv`.
-        workers: sites that train at the same time; 0 is one per core, or per GPU.
+        workers: sites that train at the same time; 0 is one per core.
         threads: CPU threads per worker; 0 shares the cores among the workers.
         engine: "local" is processes of our own; "ray" is Flower's engine, here or on the cluster that
             RAY_ADDRESS names.
@@ -57,8 +63,8 @@ def simulate(
     device: str = "auto",
     engine: Engine = "local",
     json_lines: bool = False,
-) -> str:
-    """Run a plan with `num_sites` sites on this machine; show its events; write `report.html`.
+) -> RunStatus:
+    """Run a plan with `num_sites` sites on this machine; show its events and result; write `report.html`.
 
     Args:
         plan: an unsigned plan.
@@ -70,38 +76,74 @@ def simulate(
 
     Returns:
         The run's status.
+
+    Raises:
+        UsageError: another simulation writes to `out`, or the images cannot be used.
+        PlanError: the plan needs more sites than there are, or names something unknown here.
     """
     _check_quorum(plan, num_sites)
+    lock = _only_simulation(out)
     simulation = Simulation(num_sites, workers=workers, threads=threads, engine=engine)
-    run: SimulatedRun | None = None
     try:
-        from fedward_server.following import follow
-        from fedward_server.reporting import write_report
-        from fedward_server.site_folders import prepare_folders, site_names
-        from fedward_server.watch import watch
-
-        if plan.data.dataset == "dicom_folder":
-            prepared = prepare_folders(data, out / "sites", site_names(num_sites), seed=plan.seed)
-            kind, folders = prepared.kind, prepared.folders
-        else:
-            kind = f"dataset {plan.data.dataset}"
-            folders = {name: out / "sites" / name for name in site_names(num_sites)}
+        kind, folders = _folders(plan, num_sites, data, out)
         if not json_lines:
-            print(f"{num_sites} simulated sites: {kind}")  # noqa: T201
+            say(f"{num_sites} simulated sites: {kind}")
         settings = SimulationSettings(out, folders, workers, threads, device, engine)
-        run = simulation.launch(plan, settings)
-        status = watch(
-            follow(run.store, run.run_id, stop=threading.Event(), poll_s=0.05),
-            plan=run.signed.plan,
-            json_lines=json_lines,
-        )
-        run.join()
-        write_report(run.store, run.run_id, out, data_note=kind)
-        return status
+        return _run_and_report(simulation, plan, settings, kind, json_lines)
     finally:
-        if run is not None:
-            run.stop.set()  # of no effect after the end; after Ctrl-C, the sites that wait are not begun
         simulation.close()
+        os.close(lock)
+
+
+def _run_and_report(
+    simulation: Simulation, plan: TrainingPlan, settings: SimulationSettings, kind: str, json_lines: bool
+) -> RunStatus:
+    """Show a run while it goes and its result at the end, unless only events are wanted; its status."""
+    from fedward_server.console import show_result
+    from fedward_server.following import follow
+    from fedward_server.reporting import write_report
+    from fedward_server.simulated_failures import tell_failures
+    from fedward_server.watch import watch
+
+    failures = simulation.failures(plan, settings)
+    run = simulation.launch(plan, settings)
+    try:
+        events = follow(run.store, run.run_id, stop=threading.Event(), poll_s=0.05)
+        told = tell_failures(events, failures, as_json=json_lines)
+        status = watch(told, plan=run.signed.plan, json_lines=json_lines)
+        run.join()
+        report = write_report(run.store, run.run_id, settings.out, data_note=kind)
+    finally:
+        run.stop.set()  # of no effect after the end; after Ctrl-C, the sites that wait are not begun
+    if not json_lines:
+        show_result(report)
+        say(f"Report: {settings.out / 'report.html'}")
+    return status
+
+
+def _only_simulation(out: Path) -> int:
+    """Lock the folder against a second simulation, which would mix up its images, models and records."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out}: {error.strerror}", remedy="Give another folder with --out.") from error
+    return lock_home(
+        out / "simulation.lock",
+        holder=f"another simulation writes to {out}",
+        remedy="Wait for its end, or give another folder with --out.",
+    )
+
+
+def _folders(
+    plan: TrainingPlan, num_sites: int, data: Path | None, out: Path
+) -> tuple[str, Mapping[str, Path]]:
+    """What the images are, in a phrase, and each site's folder."""
+    from fedward_server.site_folders import prepare_folders, site_names
+
+    if plan.data.dataset == "dicom_folder":
+        prepared = prepare_folders(data, out / "sites", site_names(num_sites), seed=plan.seed)
+        return prepared.kind, prepared.folders
+    return f"dataset {plan.data.dataset}", {name: out / "sites" / name for name in site_names(num_sites)}
 
 
 class Simulation:
@@ -137,6 +179,11 @@ class Simulation:
         self._sites.close()
         if self._grid is not None:
             self._grid.close()
+
+    def failures(self, plan: TrainingPlan, settings: SimulationSettings) -> Failures:
+        """What will have failed at which site from now on, as the sites write it down."""
+        found: Failures = self._sites.failures(settings.folders, plan)
+        return found
 
     def launch(self, plan: TrainingPlan, settings: SimulationSettings) -> SimulatedRun:
         """Start the run in a thread; its events appear in the run's record.
@@ -214,10 +261,13 @@ class SimulatedRun:
             self.store.finish(self.run_id, "completed", "", outcome.selected_round)
         except RunStoppedError:
             self.store.finish(self.run_id, "stopped", "stopped")
-        except FederationError as error:
+        except (RunFailedError, PlanError) as error:  # they name sites and keys of the plan, nothing else
             self.store.finish(self.run_id, "failed", f"{error.message} - {error.remedy}")
+        except FederationError as error:
+            complain(error, as_json=False)  # may name a file, which a report must not
+            self.store.finish(self.run_id, "failed", f"{type(error).__name__}; see what was printed")
         except Exception as error:  # thread edge: whoever follows the events must see an end
-            self.store.finish(self.run_id, "failed", f"internal fault: {type(error).__name__}: {error}")
+            self.store.finish(self.run_id, "failed", f"internal fault: {type(error).__name__}")
             raise
 
     def _execute(self) -> Any:

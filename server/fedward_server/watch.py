@@ -15,9 +15,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedward_common.console import plain
 from fedward_common.errors import RefusalCode
 from fedward_common.plan import TrainingPlan
-from fedward_server.console import plain
 from fedward_server.progress import Progress, RoundProgress, SiteProgress, apply
 from fedward_server.run_records import Event, RunStatus
 
@@ -118,9 +118,9 @@ def _headline(name: str, progress: Progress, now: datetime) -> Text:
 
 def _sites_table(progress: Progress) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("site", "state"):
+    for title in ("Site", "State"):
         table.add_column(title)
-    for title in ("cases", "loss", "AUROC", "seconds"):
+    for title in ("Cases", "Loss", "AUROC", "Seconds"):
         table.add_column(title, justify="right")
     for name, site in sorted(progress.sites.items()):
         table.add_row(
@@ -136,7 +136,7 @@ def _sites_table(progress: Progress) -> Table:
 
 def _rounds_table(progress: Progress) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("round", "sites", "loss", "AUROC", "seconds"):
+    for title in ("Round", "Sites", "Loss", "AUROC", "Seconds"):
         table.add_column(title, justify="right")
     for line in progress.rounds[-_NUM_ROUNDS_SHOWN:]:
         chosen = " *" if line.index == progress.selected_round else ""

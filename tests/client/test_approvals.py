@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,6 +20,7 @@ from fedward_common.audit import AuditLog, verify
 from fedward_common.errors import AuditError, PlanRefusedError, PolicyError, RefusalCode, UsageError
 from fedward_common.plan import SignedPlan
 from tests.federations import a_federation, a_plan, a_signed_plan, a_site
+from tests.messages import an_instruction
 
 RUN, OTHER_RUN = "00000000000000aa", "00000000000000bb"
 BASE, OTHER_BASE = "ab" * 32, "cd" * 32
@@ -330,80 +332,226 @@ def test_files_of_the_gate_are_private(site: Site, signed: SignedPlan) -> None:
 # Rounds
 
 
-@pytest.fixture
-def running(site: Site, signed: SignedPlan) -> Site:
-    """A site whose plan of five rounds is bound to RUN."""
+def train(index: int, base: str = BASE) -> dict[str, Any]:
+    return {"action": "train", "round_index": index, "base_digest": base}
+
+
+def measure(index: int, base: str = BASE, split: str = "validation") -> dict[str, Any]:
+    return {"action": "evaluate", "round_index": index, "base_digest": base, "split": split}
+
+
+BASELINE = {"action": "baseline", "round_index": 0, "base_digest": BASE, "split": "test"}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A site whose plan is bound to RUN; every question meets a newly started gate."""
+
+    site: Site
+    signed: SignedPlan
+
+    def admit(self, question: dict[str, Any], run_id: str = RUN) -> None:
+        self.site.gate.admit(self.signed, an_instruction(self.signed, run_id=run_id, **question))
+
+    def refuses(self, question: dict[str, Any], run_id: str = RUN) -> bool:
+        with pytest.raises(PlanRefusedError) as caught:
+            self.admit(question, run_id)
+        assert caught.value.remedy
+        return caught.value.code is RefusalCode.ROUND_REPLAYED
+
+    @property
+    def last_round(self) -> int:
+        return self.site.gate.plans()[0].last_round
+
+
+def started(site: Site, signed: SignedPlan) -> Running:
     site.gate.approve(_file(site, signed))
     site.gate.decide(signed.to_bytes(), RUN)
-    return site
+    return Running(site, signed)
 
 
-def round_refusal(site: Site, run_id: str, index: int, base: str = BASE) -> RefusalCode:
-    with pytest.raises(PlanRefusedError) as caught:
-        site.gate.admit_round(run_id, index, base)
-    return caught.value.code
+@pytest.fixture
+def running(site: Site, signed: SignedPlan) -> Running:
+    """A plan of five rounds that measures each of them, the last ones on the test cases too."""
+    return started(site, signed)
 
 
-def test_rounds_go_forward_and_may_be_left_out(running: Site) -> None:
+def test_rounds_go_forward_and_may_be_left_out(running: Running) -> None:
     for index in (1, 2, 5):
-        running.gate.admit_round(RUN, index, BASE)
+        running.admit(train(index))
 
-    assert running.audited()[-3:] == ["round_admitted"] * 3
-    assert running.gate.plans()[0].last_round == 5
-
-
-def test_round_may_be_repeated_with_the_same_model_also_after_a_restart(running: Site) -> None:
-    running.gate.admit_round(RUN, 2, BASE)
-
-    running.gate.admit_round(RUN, 2, BASE)
-
-    assert running.gate.plans()[0].last_round == 2
+    assert running.site.audited()[-3:] == ["round_admitted"] * 3
+    assert running.last_round == 5
 
 
-def test_older_round_may_be_repeated_with_its_own_model_when_the_server_goes_back(running: Site) -> None:
-    running.gate.admit_round(RUN, 2, BASE)
-    running.gate.admit_round(RUN, 3, OTHER_BASE)
+def test_round_may_be_repeated_with_the_same_model_also_after_a_restart(running: Running) -> None:
+    running.admit(train(2))
 
-    running.gate.admit_round(RUN, 2, BASE)
-    running.gate.admit_round(RUN, 3, OTHER_BASE)
+    running.admit(train(2))
 
-    assert round_refusal(running, RUN, 2, OTHER_BASE) == RefusalCode.ROUND_REPLAYED
-    assert round_refusal(running, RUN, 3, BASE) == RefusalCode.ROUND_REPLAYED
-    assert running.gate.plans()[0].last_round == 3
+    assert running.last_round == 2
+
+
+def test_older_round_may_be_repeated_with_its_own_model_when_the_server_goes_back(running: Running) -> None:
+    running.admit(train(2))
+    running.admit(train(3, OTHER_BASE))
+
+    running.admit(train(2))
+    running.admit(train(3, OTHER_BASE))
+
+    assert running.refuses(train(2, OTHER_BASE))
+    assert running.refuses(train(3))
+    assert running.last_round == 3
 
 
 @pytest.mark.parametrize(("index", "base"), [(2, OTHER_BASE), (1, BASE), (1, OTHER_BASE)])
-def test_round_is_refused_when_it_is_older_or_has_another_model(running: Site, index: int, base: str) -> None:
-    running.gate.admit_round(RUN, 2, BASE)
+def test_round_is_refused_when_it_is_older_or_has_another_model(
+    running: Running, index: int, base: str
+) -> None:
+    running.admit(train(2))
 
-    assert round_refusal(running, RUN, index, base) == RefusalCode.ROUND_REPLAYED
+    assert running.refuses(train(index, base))
 
-    entry = list(AuditLog(running.home.audit).entries())[-1]
-    assert (entry.event, entry.fields["round"]) == ("round_refused", index)
-    running.gate.admit_round(RUN, 2, BASE)
-
-
-@pytest.mark.parametrize("index", [-1, 0, 6])
-def test_round_outside_the_plan_is_refused(running: Site, index: int) -> None:
-    assert round_refusal(running, RUN, index) == RefusalCode.ROUND_REPLAYED
+    entry = list(AuditLog(running.site.home.audit).entries())[-1]
+    assert (entry.event, entry.fields["round"], entry.fields["base"]) == ("round_refused", index, base)
+    running.admit(train(2))
 
 
-def test_round_of_a_run_that_was_never_accepted_is_refused(running: Site) -> None:
-    assert round_refusal(running, OTHER_RUN, 1) == RefusalCode.ROUND_REPLAYED
+@pytest.mark.parametrize("index", [0, 6])
+def test_round_outside_the_plan_is_refused(running: Running, index: int) -> None:
+    assert running.refuses(train(index))
 
 
-def test_only_one_of_many_models_at_once_gets_the_round(running: Site) -> None:
-    gates = [running.gate for _ in range(8)]
+@pytest.mark.parametrize("question", [train(1), measure(1), BASELINE])
+def test_question_of_a_run_that_was_never_accepted_is_refused(
+    running: Running, question: dict[str, Any]
+) -> None:
+    assert running.refuses(question, OTHER_RUN)
 
+
+@pytest.mark.parametrize(
+    ("question", "num_answered"),
+    [(train(1), 1), (measure(1), 3), (measure(5, split="test"), 3), (BASELINE, 1)],
+)
+def test_only_a_few_of_many_models_at_once_get_an_answer(
+    running: Running, question: dict[str, Any], num_answered: int
+) -> None:
     def attempt(index: int) -> bool:
         try:
-            gates[index].admit_round(RUN, 1, f"{index:064x}")
+            running.admit(question | {"base_digest": f"{index:064x}"})
         except PlanRefusedError:
             return False
         return True
 
     with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(attempt, range(8))) == 1
+        assert sum(pool.map(attempt, range(8))) == num_answered
+
+
+# Measuring: what a server could use to find out who is among the cases
+
+
+def crafted(model: int) -> str:
+    return f"{model:064x}"
+
+
+@pytest.mark.parametrize(
+    ("question", "num_models"),
+    [(measure(1), 3), (measure(5), 3), (measure(3, split="test"), 3), (BASELINE, 1)],
+)
+def test_one_model_too_many_is_refused_and_audited_also_after_a_restart(
+    running: Running, question: dict[str, Any], num_models: int
+) -> None:
+    for model in range(num_models):
+        running.admit(question | {"base_digest": crafted(model)})
+
+    assert running.refuses(question | {"base_digest": OTHER_BASE})
+
+    entry = list(AuditLog(running.site.home.audit).entries())[-1]
+    assert entry.event == "round_refused"
+    assert entry.fields == {
+        "run_id": RUN,
+        "round": question["round_index"],
+        "action": question["action"],
+        "split": question["split"],
+        "base": OTHER_BASE,
+        "code": int(RefusalCode.ROUND_REPLAYED),
+    }
+    for model in range(num_models):  # a resumed server repeats its questions
+        running.admit(question | {"base_digest": crafted(model)})
+
+
+def test_no_more_models_are_measured_than_a_repeated_run_would_have(running: Running) -> None:
+    """A hostile server tries a hundred crafted models in every round on every side."""
+    answered: Counter[tuple[str, int]] = Counter()
+    for index in range(8):
+        for split in ("validation", "test"):
+            for model in range(100):
+                question = measure(index, crafted(1000 * index + model), split)
+                try:
+                    running.admit(question)
+                except PlanRefusedError:
+                    continue
+                answered[split, index] += 1
+
+    assert answered == {("test", 1): 3} | {("validation", index): 3 for index in (1, 2, 3, 4, 5)}
+
+
+def test_test_cases_are_for_few_models_because_a_resumed_run_may_select_another_round(
+    running: Running,
+) -> None:
+    for index in (2, 4, 5):
+        running.admit(measure(index, crafted(index), split="test"))
+
+    assert running.refuses(measure(3, crafted(3), split="test"))
+    for index in (2, 4, 5):
+        running.admit(measure(index, crafted(index), split="test"))
+        running.admit(measure(index))
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "questions"),
+    [
+        ({}, [measure(0), measure(6), measure(0, split="test"), measure(6, split="test")]),
+        ({"every": 2}, [measure(1), measure(3)]),
+        ({"select": "last"}, [measure(index, split="test") for index in (1, 2, 3, 4)]),
+        ({"compare_local": False}, [BASELINE]),
+        ({}, [BASELINE | {"round_index": 1}, BASELINE | {"split": "validation"}]),
+        ({}, [measure(1) | {"base_digest": None}, BASELINE | {"base_digest": None}]),
+    ],
+)
+def test_measurement_that_the_plan_does_not_involve_is_refused(
+    site: Site, federation: Path, evaluation: dict[str, Any], questions: list[dict[str, Any]]
+) -> None:
+    running = started(site, a_signed_plan(federation, a_plan(evaluation=evaluation)))
+
+    assert all(running.refuses(question) for question in questions)
+
+
+def test_measurements_of_a_plan_that_leaves_rounds_out_are_admitted(site: Site, federation: Path) -> None:
+    plan = a_plan(evaluation={"every": 2, "initial": True, "select": "last"})
+    running = started(site, a_signed_plan(federation, plan))
+
+    for question in (*map(measure, (0, 2, 4, 5)), measure(5, split="test"), BASELINE):
+        running.admit(question)
+
+
+def test_two_runs_do_not_use_up_each_other_s_measurements(running: Running, federation: Path) -> None:
+    other = a_signed_plan(federation)
+    running.site.gate.approve(_file(running.site, other))
+    running.site.gate.decide(other.to_bytes(), OTHER_RUN)
+    for model in range(3):
+        running.admit(measure(1, crafted(model)))
+
+    Running(running.site, other).admit(measure(1, OTHER_BASE), OTHER_RUN)
+
+    assert running.refuses(measure(1, OTHER_BASE))
+
+
+def test_question_is_not_admitted_when_it_cannot_be_entered(running: Running) -> None:
+    (running.site.home.plans / "ledger.sqlite").write_bytes(b"not a database" * 100)
+
+    with pytest.raises(PolicyError, match="cannot be used"):
+        running.admit(measure(1))
 
 
 # What the operator reads

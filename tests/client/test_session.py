@@ -25,7 +25,7 @@ from fedward_client.site_data import SiteData
 from fedward_client.worker_process import WorkerProcess
 from fedward_common import weights
 from fedward_common.audit import AuditLog
-from fedward_common.envelope import Action, Envelope, Instruction, parse_envelope
+from fedward_common.envelope import Action, Envelope, Instruction, SplitName, parse_envelope
 from fedward_common.errors import AuditError, PlanRefusedError, RefusalCode
 from fedward_common.evaluation.state import check_state
 from fedward_common.identity import load_identity, new_signer, sign_plan
@@ -44,16 +44,16 @@ PLAN = a_small_plan()
 
 
 class OpenGate:
-    """Accepts every well-formed plan and every round; remembers which rounds it was asked about."""
+    """Accepts every well-formed plan and every question; remembers the questions about models."""
 
     def __init__(self) -> None:
-        self.rounds: list[int] = []
+        self.asked: list[tuple[str, int]] = []
 
     def decide(self, document: bytes, run_id: str) -> SignedPlan:
         return parse_signed_plan(document)
 
-    def admit_round(self, run_id: str, round_index: int, base_digest: str) -> None:
-        self.rounds.append(round_index)
+    def admit(self, signed: SignedPlan, instruction: Instruction) -> None:
+        self.asked.append((instruction.action, instruction.round_index))
 
 
 @dataclass
@@ -156,7 +156,7 @@ def test_a_site_prepares_trains_evaluates_and_trains_alone(place: Place) -> None
         check_state(state, PLAN, max_cases=100)
         assert state["num_cases"][0] == 6
     assert [line["action"] for line in place.audit] == ["prepare", "train", "evaluate", "baseline"]
-    assert place.gate.rounds == [1]
+    assert place.gate.asked == [("train", 1), ("evaluate", 1), ("baseline", 1)]
 
 
 def test_a_site_trains_without_having_been_asked_to_prepare(place: Place) -> None:
@@ -170,7 +170,7 @@ def test_the_same_question_gets_the_same_bytes_without_being_worked_on_again(pla
     wait_for(lambda: place.worker.pid is None, "the worker to end")
     assert place.ask("train") == first
     assert place.worker.pid is None
-    assert place.gate.rounds == [1]
+    assert place.gate.asked == [("train", 1)]
     assert pid is not None
     assert len(place.audit) == 2
     assert place.audit[0] == place.audit[1]
@@ -206,7 +206,7 @@ def test_an_idle_session_ends_its_worker_and_a_busy_one_does_not(place: Place) -
 def test_a_model_that_does_not_match_its_digest_is_refused_before_any_work(place: Place) -> None:
     flipped = bytes([place.base[0] ^ 1]) + place.base[1:]
     assert code_of(place.ask("train", payload=flipped)) is RefusalCode.BASE_MISMATCH
-    assert place.gate.rounds == []
+    assert place.gate.asked == []
 
 
 @pytest.mark.parametrize("payload", [None, b"", b"1234"])
@@ -239,7 +239,7 @@ def test_a_refused_plan_or_round_is_answered_with_the_gates_own_code(place: Plac
             raise PlanRefusedError("DOE^JOHN", remedy="x", code=RefusalCode.PLAN_EXPIRED)
 
     class Replayed(OpenGate):
-        def admit_round(self, run_id: str, round_index: int, base_digest: str) -> None:
+        def admit(self, signed: SignedPlan, instruction: Instruction) -> None:
             raise PlanRefusedError("DOE^JOHN", remedy="x", code=RefusalCode.ROUND_REPLAYED)
 
     for gate, code in ((Closed(), RefusalCode.PLAN_EXPIRED), (Replayed(), RefusalCode.ROUND_REPLAYED)):
@@ -449,6 +449,22 @@ def test_with_the_real_gate_a_plan_runs_once_approved_and_a_changed_byte_is_refu
     assert code_of(site.ask("train", 2)) is RefusalCode.OK
     assert code_of(site.ask("train", 1)) is RefusalCode.ROUND_REPLAYED
     assert code_of(site.ask("train", 2)) is RefusalCode.OK
+    assert code_of(site.ask("evaluate", 1)) is RefusalCode.OK
+    crafted = np.frombuffer(base, "<f4").copy()
+    places: tuple[tuple[Action, int, SplitName, int], ...] = (
+        ("evaluate", 1, "validation", 2),
+        ("baseline", 0, "test", 1),
+    )
+    for action, index, split, num_more in places:
+        answers = []
+        for _ in range(num_more + 1):
+            crafted[0] += 1
+            instruction = an_instruction(plan, action, base=crafted.tobytes(), round_index=index, split=split)
+            answers.append(site.send(instruction, payload=crafted.tobytes()))
+        assert [code_of(answer) for answer in answers[:-1]] == [RefusalCode.OK] * num_more
+        assert code_of(answers[-1]) is RefusalCode.ROUND_REPLAYED
+        assert answers[-1].payload is None
+    assert code_of(site.ask("evaluate", 1)) is RefusalCode.OK
 
 
 def test_the_flower_app_answers_every_message_and_says_nothing_to_what_is_none(place: Place) -> None:

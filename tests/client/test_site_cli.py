@@ -165,7 +165,7 @@ def test_cohort_commands_before_the_index_or_with_a_wrong_label_file_name_the_re
     said = run("cohort", "index", "--home", home, "--json")
     assert said.code == 6
     assert said.out == ""
-    assert set(json.loads(said.err)) == {"error", "remedy", "exit_code"}
+    assert set(json.loads(said.err)) == {"error", "kind", "remedy", "exit_code"}
 
 
 def test_plan_list_is_empty_until_a_plan_has_arrived(run: Run, home: Path, plan_file: Path) -> None:
@@ -189,6 +189,16 @@ def test_plan_approve_shows_the_plan_and_approves_exactly_that_one(
         "approved": digest,
         "name": "pneumonia",
     }
+
+
+def test_digest_to_compare_can_be_copied_from_a_screen_of_80_columns(
+    run: Run, home: Path, plan_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = run("plan", "approve", plan_file, "--yes", "--home", home)
+    digest = run("plan", "list", "--home", home, "--json").json[0]["digest"]
+    assert f"\n  {digest}\n" in said.out
+    assert max(map(len, said.out.splitlines())) <= 80
 
 
 def test_plan_approve_without_confirmation_approves_nothing(run: Run, home: Path, plan_file: Path) -> None:
@@ -364,6 +374,41 @@ def test_run_serves_without_a_server_until_it_is_told_to_stop(home: Path) -> Non
     events = [entry.event for entry in AuditLog(home / "audit.jsonl").entries()]
     assert events == ["joined", "started", "stopped"]
     assert verify(home / "audit.jsonl") == 3
+
+
+def a_daemon(home: Path) -> subprocess.Popen[str]:
+    """A daemon that serves."""
+    command = [sys.executable, "-m", "fedward_client.cli", "run", "--home", str(home)]
+    daemon = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert daemon.stdout is not None
+    assert daemon.stdout.readline().startswith("site north serves ")
+    return daemon
+
+
+def test_second_daemon_of_a_home_is_refused_and_the_first_is_left_alone(run: Run, home: Path) -> None:
+    with a_daemon(home) as first:
+        said = run("run", "--home", home)
+
+        assert said.code == 2
+        assert said.err.startswith(
+            f"error: another daemon already serves {home} (locked by process {first.pid})"
+        )
+        assert "\nremedy: Leave it running, or stop it first" in said.err
+        assert first.poll() is None
+        events = [entry.event for entry in AuditLog(home / "audit.jsonl").entries()]
+        assert events == ["joined", "started"]
+        first.terminate()
+        assert first.wait(20) == 0
+
+
+def test_daemon_starts_at_once_where_another_was_killed(home: Path) -> None:
+    with a_daemon(home) as killed:
+        killed.kill()
+        killed.wait()
+
+    with a_daemon(home) as next_one:
+        next_one.terminate()
+        assert next_one.wait(20) == 0
 
 
 def test_run_survives_a_certificate_that_is_half_copied(home: Path) -> None:

@@ -201,10 +201,13 @@ def test_observer_cannot_sign(place: Place, capsys: pytest.CaptureFixture[str]) 
 def test_run_is_started_and_watched_to_its_end(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "start", place.plan("complete")]) == 0
 
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Run pneumonia-")
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("Run pneumonia-")
     assert "round 2/2 committed" in "\n".join(lines)
-    assert lines[-1].endswith("run completed, result: model of round 2")
+    (end,) = [at for at, line in enumerate(lines) if line.endswith("run completed, result: model of round 2")]
+    assert lines[end + 1] == ""
+    assert lines[end + 2].split()[:2] == ["Site", "Rounds"]
+    assert lines[-1].startswith("Report as a page: fedward run report pneumonia-")
 
 
 def test_json_of_a_watched_run_is_the_run_and_then_its_events(
@@ -269,7 +272,7 @@ def test_report_is_a_page_a_table_or_json(place: Place, capsys: pytest.CaptureFi
 def test_sites_are_listed_with_their_connection(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites"]) == 0
     assert capsys.readouterr().out.split() == [
-        *("site", "state", "north", "connected"),
+        *("Site", "State", "north", "connected"),
         *("south", "not", "connected"),
     ]
 

@@ -23,6 +23,7 @@ from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse, RegisterNodeFleetRequest
+from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.primitives.asymmetric import sign_message
@@ -32,6 +33,7 @@ from fedward_client.node import FleetConnection
 from fedward_common.identity import Identity, client_context, load_identity, node_public_key_pem
 from fedward_common.transfer import FLEET_PULL, FLEET_PUSH, MAX_BUNDLE, RUNTIME_PULL, RUNTIME_PUSH
 from fedward_common.transfer_pb2 import Object, PushReply, PushRequest
+from fedward_server.allowance import PER_MESSAGE
 from fedward_server.grid import open_grid
 from fedward_server.link import Link
 from fedward_server.provisioning import provision
@@ -348,6 +350,37 @@ def test_objects_that_are_not_what_they_say_are_not_stored(place: Place, content
     finally:
         place.link.close_run(run.flower_run_id, stopped=True)
         north.close()
+
+
+def test_a_site_cannot_fill_the_servers_memory(place: Place) -> None:
+    north, south = place.connect("north"), place.connect("south")
+    run = place.link.open_run()
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run.flower_run_id, 1, 1
+    try:
+        with open_grid(place.link.runtime_address, run.token, run.flower_run_id, 10) as grid:
+            content = RecordDict({"body": ConfigRecord({"n": 1})})
+            asked = grid.push_messages([Message(content, each.node_id, "train") for each in (north, south)])
+            message = north.pull()
+            assert message is not None
+            large = PushObjectRequest(
+                node=north._node, run_id=run.flower_run_id, object_id="0" * 64, object_content=bytes(2**25)
+            )
+            for _ in range(PER_MESSAGE // 2**25):
+                north._client.PushObject(large)  # not stored: it belongs to no message
+            with pytest.raises(httpx.HTTPStatusError, match="413"):
+                north._client.PushObject(large)
+            other = south.pull()
+            assert other is not None
+            south.push(Message(RecordDict({"reply": ConfigRecord({"n": 7})}), reply_to=other), 0.1)
+            assert len(grid.pull_messages(asked)) == 1
+            grid.push_messages([Message(content, north.node_id, "train", group_id="2")])
+            again = north.pull()
+            assert again is not None
+            north.push(Message(RecordDict({"reply": ConfigRecord({"n": 7})}), reply_to=again), 0.1)
+    finally:
+        place.link.close_run(run.flower_run_id, stopped=True)
+        north.close()
+        south.close()
 
 
 def test_a_site_that_died_with_a_message_gets_it_again(place: Place) -> None:

@@ -63,10 +63,15 @@ def test_every_message_gets_its_own_reply_once(grid: LocalGrid) -> None:
     assert list(grid.pull_messages(ids)) == []
 
 
-def test_an_app_that_raises_answers_with_an_error_that_quotes_nothing(grid: LocalGrid) -> None:
+def test_an_app_that_raises_answers_with_an_error_that_quotes_nothing_and_the_screen_shows_it(
+    grid: LocalGrid, capsys: pytest.CaptureFixture[str]
+) -> None:
     (reply,) = collect(grid, list(grid.push_messages([a_question(3)])))
     assert reply.has_error()
     assert not reply.error.reason
+    told = capsys.readouterr().err
+    assert told.startswith("site south: its app failed\nTraceback")
+    assert "RuntimeError: DOE^JOHN" in told
 
 
 def test_an_app_cannot_change_the_senders_message(grid: LocalGrid) -> None:

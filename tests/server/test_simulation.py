@@ -180,6 +180,88 @@ def test_a_simulation_below_the_quorum_fails_and_names_the_sites_and_why(
     assert "south: the site's images or labels cannot be used for this plan" in end["reason"]
     report = RunReport.model_validate_json((tmp_path / "out" / "report.json").read_text())
     assert [(site.site, site.code) for site in report.absent] == [("south", 30)]
+    told, failure = map(json.loads, err.splitlines())
+    assert (told["site"], told["action"], told["code"]) == ("south", "prepare", 30)
+    assert failure["kind"] == "RunFailedError"
+
+
+def test_the_screen_says_what_failed_at_which_site_and_the_report_neither_place_nor_path(
+    tmp_path: Path, images: Path
+) -> None:
+    (images / "south" / "labels.csv").write_text("SOPInstanceUID,label\n2.25.777,0\n2.25.777,1\n")
+    plan = a_plan(tmp_path / "plan.toml", rounds=1, participation={"quorum": 1, "gather_s": 0.1})
+    with a_simulation(tmp_path, plan, "--sites", 2, "--workers", 1, "--data", images) as simulation:
+        code, _, err = simulation.end()
+    assert code == 0, err
+    log = tmp_path / "out" / "sites" / "south" / "home" / "site.log"
+    first, matter, place = err.splitlines()
+    assert first == "south, round 0, prepare: the site's images or labels cannot be used for this plan"
+    assert "row 3: duplicate SOPInstanceUID" in matter
+    where = place.split()[1].rstrip(";")
+    assert where.startswith("CohortError:fedward_client.")
+    assert place.endswith(f"more in {log}")
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {(event["site"], event["event"], event["where"]) for event in events} == {
+        ("south", "instruction_refused", where)
+    }
+    for name in ("report.html", "report.json"):
+        text = (tmp_path / "out" / name).read_text()
+        for secret in (where, "2.25.777", "row 3", str(tmp_path), "labels.csv"):
+            assert secret not in text
+
+
+def test_the_end_is_a_table_that_a_screen_of_80_columns_holds_and_the_place_of_the_report(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    plan = a_plan(tmp_path / "plan.toml", rounds=1)
+    with a_simulation(tmp_path, plan, "--sites", 2, "--workers", 1, "--data", images) as simulation:
+        code, out, err = simulation.end()
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("Site"))
+    assert lines[start].split("  ")[-1] == "Own AUROC"
+    assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["north", "south", "All"]
+    assert max(map(len, lines[start : start + 4])) <= 80
+    assert lines[-1] == f"Report: {tmp_path / 'out' / 'report.html'}"
+
+
+def test_a_failure_that_names_a_file_is_on_the_screen_and_not_in_the_report(
+    tmp_path: Path, images: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoints").write_text("in the way")
+    plan = a_plan(tmp_path / "plan.toml", rounds=1)
+    with a_simulation(tmp_path, plan, "--sites", 2, "--workers", 1, "--data", images) as simulation:
+        code, _, err = simulation.end()
+    assert code == 8
+    assert f"{tmp_path / 'out' / 'checkpoints'}" in err
+    assert "Traceback" not in err
+    report = RunReport.model_validate_json((tmp_path / "out" / "report.json").read_text())
+    assert (report.verdict, report.reason) == ("failed", "CheckpointError; see what was printed")
+    assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_second_simulation_in_the_same_folder_is_refused_and_the_first_goes_on(
+    tmp_path: Path, images: Path
+) -> None:
+    endless = {"learning_rate": 0.02, "batch_size": 1, "local_epochs": 100, "precision": "float32"}
+    plan = a_plan(tmp_path / "plan.toml", rounds=1000, training=endless)
+    first = begun(tmp_path, plan, images)
+    with a_simulation(tmp_path, plan, "--sites", 2, "--data", images) as second:
+        code, out, err = second.end()
+    assert (code, out) == (2, "")
+    assert f"another simulation writes to {tmp_path / 'out'} (locked by process {first.process.pid})" in err
+    assert "--out" in err
+    assert len(first.alive()) == 2
+    first.process.kill()  # and leaves no lock behind
+    first.end()
+    wait_for(lambda: first.alive() == [], "its worker to end", patience_s=10)
+    with a_simulation(
+        tmp_path, a_plan(tmp_path / "plan.toml", rounds=1), "--sites", 2, "--data", images
+    ) as third:
+        code, _, err = third.end()
+    assert code == 0, err
 
 
 def begun(root: Path, plan: Path, images: Path) -> Simulation:

@@ -23,6 +23,7 @@ from fedward_common.evaluation.report import (
     charts,
     render_html,
     render_terminal_table,
+    terminal_notes,
     words,
 )
 from fedward_common.evaluation.report.tables import participation, results_table
@@ -159,7 +160,27 @@ def test_terminal_table_has_one_row_a_site_and_a_total() -> None:
     assert sites[2][:4] == ("uz-meer", "4/5", "–", "–")
     assert report.test is not None
     assert total[3] == f"{report.test.auroc:.3f}"
-    assert len(render_terminal_table(a_failed_report())) == 5
+    assert header[-1] == "Own AUROC"
+
+
+def test_terminal_table_leaves_out_figures_that_nobody_has() -> None:
+    header, *rows = render_terminal_table(a_failed_report())
+    assert header == ("Site", "Rounds")
+    assert len(rows) == 4
+    assert terminal_notes(a_failed_report()) == []
+    alone = a_report().model_copy(update={"local_sites": {}})
+    assert "Own AUROC" not in render_terminal_table(alone)[0]
+    assert not any("Own AUROC" in note for note in terminal_notes(alone))
+
+
+def test_terminal_notes_explain_the_columns_in_short_lines() -> None:
+    notes = terminal_notes(a_report(too_few_cases=["uz-meer"], labels=("a", "b", "c")))
+    assert all(len(note) <= 80 for note in notes)
+    text = " ".join(notes)
+    for told in ("round 4", "sensitivity", "means over the labels", "Own AUROC", "–: not released"):
+        assert told in text
+    assert "–" not in " ".join(terminal_notes(a_report()))
+    assert "means" not in " ".join(terminal_notes(a_report()))
 
 
 def test_hostile_names_are_shown_and_never_become_markup() -> None:

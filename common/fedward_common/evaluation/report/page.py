@@ -61,29 +61,43 @@ def render_html(report: RunReport) -> str:
 
 
 def render_terminal_table(report: RunReport) -> list[tuple[str, ...]]:
-    """Give rows of text for a terminal, the first with the column names and the last for all sites."""
-    trained = report.trained_rounds
-    rows: list[tuple[str, ...]] = [
-        ("Site", "Rounds", "Test cases", "AUROC", "Sensitivity", "Specificity", "Accuracy", "Own model AUROC")
-    ]
+    """Give rows of text for a terminal, the first with the column names and the last for all sites.
+
+    Eighty columns hold the table as long as sites' names have at most twenty letters.
+    """
+    trained, columns = report.trained_rounds, _terminal_columns(report)
+    rows: list[tuple[str, ...]] = [("Site", "Rounds", *columns)]
     for site in report.sites:
         given = sum(1 for each in trained if any(other.site == site for other in each.contributors))
         own = report.local_sites.get(site)
-        rows.append(
-            (
-                site,
-                f"{given}/{report.plan.rounds}",
-                *_terminal_figures(report.test_sites.get(site)),
-                words.share(own.auroc if own else None),
-            )
-        )
-    total = (
-        "All sites",
-        f"{len(trained)}/{report.plan.rounds}",
-        *_terminal_figures(report.test),
-        words.MISSING,
-    )
-    return [*rows, total]
+        figures = (*_terminal_figures(report.test_sites.get(site)), words.share(own.auroc if own else None))
+        rows.append((site, f"{given}/{report.plan.rounds}", *figures[: len(columns)]))
+    figures = (*_terminal_figures(report.test), words.MISSING)
+    return [*rows, ("All sites", f"{len(trained)}/{report.plan.rounds}", *figures[: len(columns)])]
+
+
+def terminal_notes(report: RunReport) -> list[str]:
+    """Say below the terminal's table, in lines of at most 80 letters, what its columns hold."""
+    if report.test is None:
+        return []
+    notes = [
+        f"Test cases, federated model of round {report.selected_round} (sensitivity, specificity, accuracy)."
+    ]
+    if len(report.plan.task.labels) > 2:
+        notes.append("AUROC, sensitivity and specificity are means over the labels.")
+    if report.local_sites:
+        notes.append("Own AUROC: the model that the site trained alone, on the same cases.")
+    if any(words.MISSING in row for row in render_terminal_table(report)[1:-1]):
+        notes.append(f"{words.MISSING}: not released (too few cases), not measured, or not defined.")
+    return notes
+
+
+def _terminal_columns(report: RunReport) -> tuple[str, ...]:
+    """Names of the figures; none without a test, and a site's own model only where there is one."""
+    if report.test is None:
+        return ()
+    columns = ("Cases", "AUROC", "Sens.", "Spec.", "Acc.")
+    return (*columns, "Own AUROC") if report.local_sites else columns
 
 
 def _terminal_figures(summary: MetricSummary | None) -> tuple[str, ...]:
