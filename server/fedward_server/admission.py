@@ -9,35 +9,39 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedward_common.aggregation import largest_of
 from fedward_common.envelope import Envelope, Instruction, Numbers, parse_envelope, signed_bytes
 from fedward_common.errors import PayloadError, RefusalCode
 from fedward_common.evaluation.state import check_state
 from fedward_common.identity import verify
-from fedward_common.plan import SignedPlan, TrainingPlan
+from fedward_common.plan import PrivacyPart, SignedPlan, TrainingPlan
 from fedward_common.protocol import Up
 from fedward_common.state_payload import unpack_state
 from fedward_common.weights import Weights, num_bytes, unpack
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18  # elements that are converted to float64 at once, and fit the cache
 
 
 @dataclass(frozen=True)
 class Answer:
     """A site's answer after the checks: usable when `code` is OK.
 
-    `delta` is set for an admitted `train`; `state` for an admitted `evaluate` or `baseline`, unless the
-    site held it back because it rests on too few cases.
+    `delta` is set for an admitted `train`, with the largest absolute value of each of its tensors;
+    `state` for an admitted `evaluate` or `baseline`, unless the site held it back because it rests on
+    too few cases.
     """
 
     site: str
     code: RefusalCode
     numbers: Numbers = field(default_factory=Numbers)
     delta: Weights | None = None
+    largest: Mapping[str, float] | None = None
     state: dict[str, NDArray[np.int64]] | None = None
     payload_bytes: int = 0
 
@@ -85,11 +89,19 @@ def _admit_update(envelope: Envelope, payload: bytes | None, signed: SignedPlan)
         return Answer(envelope.site, RefusalCode.UPDATE_MALFORMED)
     if not privacy.min_cases <= num_cases <= privacy.max_cases:
         return Answer(envelope.site, RefusalCode.UPDATE_OUT_OF_BOUNDS)
-    code = _check_values(np.frombuffer(payload, dtype="<f4"), privacy.max_abs, privacy.max_norm)
+    delta = unpack(payload, signed.body.layout)
+    largest = largest_of(delta)
+    code = _check_values(delta, largest, privacy)
     if code is not RefusalCode.OK:
         return Answer(envelope.site, code)
-    delta = unpack(payload, signed.body.layout)
-    return Answer(envelope.site, RefusalCode.OK, envelope.numbers, delta=delta, payload_bytes=len(payload))
+    return Answer(
+        envelope.site,
+        RefusalCode.OK,
+        envelope.numbers,
+        delta=delta,
+        largest=largest,
+        payload_bytes=len(payload),
+    )
 
 
 def _admit_state(envelope: Envelope, payload: bytes | None, plan: TrainingPlan) -> Answer:
@@ -110,19 +122,24 @@ def _admit_state(envelope: Envelope, payload: bytes | None, plan: TrainingPlan) 
     )
 
 
-def _check_values(flat: NDArray[np.float32], max_abs: float, max_norm: float) -> RefusalCode:
-    """Finite and within bounds, in blocks that fit the cache; the norm is summed in float64."""
+def _check_values(delta: Weights, largest: Mapping[str, float], privacy: PrivacyPart) -> RefusalCode:
+    """Finite and within the plan's bounds. NaN fails every comparison, hence their direction."""
+    if not all(value < math.inf for value in largest.values()):
+        return RefusalCode.UPDATE_NOT_FINITE
+    if not all(value <= privacy.max_abs for value in largest.values()):
+        return RefusalCode.UPDATE_OUT_OF_BOUNDS
+    return RefusalCode.OK if _norm(delta) <= privacy.max_norm else RefusalCode.UPDATE_OUT_OF_BOUNDS
+
+
+def _norm(delta: Weights) -> float:
+    """Euclidean norm, summed in float64: in float32, 100 million elements lose what a bound is about."""
     total = 0.0
-    for start in range(0, len(flat), _BLOCK):
-        with np.errstate(invalid="ignore"):  # a signalling NaN is about to be refused, not to be warned of
+    for array in delta.values():
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, _BLOCK):
             block = flat[start : start + _BLOCK].astype(np.float64)
-        square = float(block @ block)
-        if not np.isfinite(square):
-            return RefusalCode.UPDATE_NOT_FINITE
-        if float(np.abs(block, out=block).max(initial=0.0)) > max_abs:
-            return RefusalCode.UPDATE_OUT_OF_BOUNDS
-        total += square
-    return RefusalCode.OK if math.sqrt(total) <= max_norm else RefusalCode.UPDATE_OUT_OF_BOUNDS
+            total += float(block @ block)
+    return math.sqrt(total)
 
 
 def _payload_matches(envelope: Envelope, payload: bytes | None) -> bool:

@@ -144,7 +144,7 @@ class RoundLoop:
         for answer in self._fleet.ask(self._fleet.roster, question, online):
             seconds = round(time.monotonic() - clock, 3)
             if answer.ok and answer.delta is not None and answer.numbers.num_cases is not None:
-                total.add(answer.delta, answer.numbers.num_cases)
+                total.add(answer.delta, answer.numbers.num_cases, answer.largest)
             sites.append(_site_record(answer, seconds, len(base)))
             self._tell_update(index, answer, seconds)
         if total.num_sites < self._plan.participation.quorum:

@@ -78,10 +78,12 @@ def simulate(
         The run's status.
 
     Raises:
-        UsageError: another simulation writes to `out`, or the images cannot be used.
+        UsageError: another simulation writes to `out`, the images cannot be used, or the engine is not
+            installed.
         PlanError: the plan needs more sites than there are, or names something unknown here.
     """
     _check_quorum(plan, num_sites)
+    _check_engine(engine)  # before anything is made
     lock = _only_simulation(out)
     simulation = Simulation(num_sites, workers=workers, threads=threads, engine=engine)
     try:
@@ -93,6 +95,14 @@ def simulate(
     finally:
         simulation.close()
         os.close(lock)
+
+
+def _check_engine(engine: Engine) -> None:
+    """Raise UsageError for an engine that is not installed."""
+    if engine == "ray":
+        from fedward_server.ray_session import require_ray
+
+        require_ray()
 
 
 def _run_and_report(
@@ -162,10 +172,7 @@ class Simulation:
         Raises:
             UsageError: the engine is not installed.
         """
-        if engine == "ray":
-            from fedward_server.ray_session import require_ray
-
-            require_ray()
+        _check_engine(engine)
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.num_workers = min(num_sites, workers or self.cores)
         self.threads = threads or max(1, self.cores // self.num_workers)

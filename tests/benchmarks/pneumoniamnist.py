@@ -22,7 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.benchmarks.surroundings import machine, pneumoniamnist, versions  # noqa: E402
+from tests.benchmarks.processes import stop_on_sigterm  # noqa: E402
+from tests.benchmarks.surroundings import machine, pneumoniamnist, require_shared, versions  # noqa: E402
 
 PLAN = ROOT / "deploy" / "plans" / "pneumonia.toml"
 PUBLISHED = {"auroc": 0.944, "accuracy": 0.854}
@@ -91,6 +92,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--no-central", action="store_true", help="leave centralised training out")
     arguments = parser.parse_args()
+    require_shared(data=arguments.data)
+    stop_on_sigterm()
     federated = over_seeds([simulate(seed, 3, arguments.data) for seed in arguments.seeds])
     reference: dict[str, Any] = {"published_resnet18_28px": PUBLISHED}
     if not arguments.no_central:

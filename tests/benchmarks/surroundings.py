@@ -21,6 +21,24 @@ def pneumoniamnist() -> Path:
     return data / "pneumoniamnist" / "pneumoniamnist.npz"
 
 
+def require_shared(*, bench: Path | None = None, data: Path | None = None) -> None:
+    """End the benchmark with one sentence when something it needs is not on this machine.
+
+    Raises:
+        SystemExit: the sentence; the exit code is 1.
+    """
+    if bench is not None and not ((bench / "job.py").is_file() and (bench / "floor.py").is_file()):
+        raise SystemExit(
+            f"{bench} does not hold job.py and floor.py, the job that all frameworks run:"
+            " give their folder with --bench, or in FEDWARD_BENCH."
+        )
+    if data is not None and not data.is_file():
+        raise SystemExit(
+            f"{data} does not exist: give PneumoniaMNIST's pneumoniamnist.npz with --data,"
+            " or the folder above it in FEDWARD_DATA."
+        )
+
+
 def versions() -> dict[str, str]:
     """Versions of what does the work."""
     packages = ("torch", "monai", "flwr", "numpy", "scikit-learn")

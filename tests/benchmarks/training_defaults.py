@@ -31,7 +31,13 @@ from fedward_client.trainer import TrainingJob, train  # noqa: E402
 from fedward_common.models import build_model, extract_weights, layout_of, load_weights  # noqa: E402
 from fedward_common.plan import TrainingPlan, parse_plan  # noqa: E402
 from fedward_common.weights import Weights  # noqa: E402
-from tests.benchmarks.surroundings import bench_folder, machine, pneumoniamnist, versions  # noqa: E402
+from tests.benchmarks.surroundings import (  # noqa: E402
+    bench_folder,
+    machine,
+    pneumoniamnist,
+    require_shared,
+    versions,
+)
 
 ROUNDS, SITES = 5, 3
 Fit = Callable[[torch.nn.Module, CaseSet, int, int], None]
@@ -168,6 +174,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=pneumoniamnist(), help="pneumoniamnist.npz")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
+    require_shared(bench=arguments.bench, data=arguments.data)
     sys.path.insert(0, str(arguments.bench))
     import job  # type: ignore[import-not-found]  # not part of the project
 
