@@ -26,7 +26,7 @@ from fedward_common.evaluation.report import (
     terminal_notes,
     words,
 )
-from fedward_common.evaluation.report.tables import participation, results_table
+from fedward_common.evaluation.report.tables import comparison_table, participation, results_table
 from tests.common.evaluation.report_builders import a_failed_report, a_report
 
 HOSTILE = "</style></title><script>steal()</script><img src=x onerror=steal()>\"'&{{7*7}}"
@@ -124,6 +124,17 @@ def test_a_difference_within_the_error_bound_is_called_equal() -> None:
     assert compared[0] > 0.02
     assert compared[1] == "higher AUROC at 3 of 3 sites"
     assert words.comparison(report.model_copy(update={"local_sites": {}})) is None
+
+
+def test_a_small_difference_that_counts_as_one_does_not_read_as_zero() -> None:
+    report = a_report()
+    site = report.sites[0]
+    ours = report.test_sites[site].model_copy(update={"auroc": 0.9581, "auroc_error_bound": 0.0})
+    own = ours.model_copy(update={"auroc": 0.9585})
+    close = report.model_copy(update={"test_sites": {site: ours}, "local_sites": {site: own}})
+    table = comparison_table(close)
+    assert table is not None
+    assert [(cell.text, cell.style) for cell in table.rows[0] if cell.style] == [("-0.0004", "down")]
 
 
 def test_undefined_and_held_back_figures_are_dashes() -> None:

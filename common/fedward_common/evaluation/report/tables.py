@@ -218,7 +218,8 @@ def _difference(report: RunReport, site: str) -> Cell:
         return Cell(MISSING, note="not defined for these cases")
     change, bound = difference
     style = "" if abs(change) <= bound else "up" if change > 0 else "down"
-    return Cell(f"{round(change, 3) + 0.0:+.3f}", change, style)
+    digits = 4 if style and abs(change) < 5e-4 else 3  # a difference that is called one must not read as 0
+    return Cell(f"{round(change, digits) + 0.0:+.{digits}f}", change, style)
 
 
 def _presence(round_index: int, answer: SiteRound | None) -> Cell:
