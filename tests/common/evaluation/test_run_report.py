@@ -129,7 +129,9 @@ def test_a_difference_within_the_error_bound_is_called_equal() -> None:
 def test_a_small_difference_that_counts_as_one_does_not_read_as_zero() -> None:
     report = a_report()
     site = report.sites[0]
-    ours = report.test_sites[site].model_copy(update={"auroc": 0.9581, "auroc_error_bound": 0.0})
+    ours = report.test_sites[site]
+    assert ours is not None
+    ours = ours.model_copy(update={"auroc": 0.9581, "auroc_error_bound": 0.0})
     own = ours.model_copy(update={"auroc": 0.9585})
     close = report.model_copy(update={"test_sites": {site: ours}, "local_sites": {site: own}})
     table = comparison_table(close)
