@@ -10,12 +10,14 @@
 #                when VENV is made; after a change: make distclean            (empty: pip's default)
 #   DATA         images for the demo, an .npz as in PneumoniaMNIST             (empty: see fedward demo)
 #   OUT          where the demo writes                                                    (demo-out)
+#   FUZZ_MINUTES how long each part of make fuzz runs                                         (10)
 #   PYTEST_ARGS  tests to run instead of all; the coverage floor is then not asked for    (empty)
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 DATA ?=
 OUT ?= demo-out
+FUZZ_MINUTES ?= 10
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev demo test lint format bench constraints clean distclean
+.PHONY: help setup setup-dev demo test lint format fuzz bench constraints clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do \
@@ -54,6 +56,10 @@ lint: setup-dev ## format, lint, types
 format: setup-dev ## format all Python files, and fix what the linter can
 	@$(BIN)/ruff check --quiet --fix . || true
 	@$(BIN)/ruff format .
+
+fuzz: setup-dev ## damaged DICOM files against the header parser and the index; for the night
+	@FEDWARD_FUZZ_S=$$(( $(FUZZ_MINUTES) * 60 )) $(BIN)/python -m pytest tests/client/test_fuzz_header.py
+	@$(BIN)/python tests/client/fuzz_index.py --minutes $(FUZZ_MINUTES)
 
 bench: ## the benchmarks, one line each
 	@$(PYTHON) -c "$$LIST_BENCHMARKS"

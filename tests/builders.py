@@ -139,12 +139,15 @@ def write_labels(
 def canary_elements(mark: str = "CNRY") -> dict[str, str]:
     """Give every single-valued text element of the DICOM dictionary a string found nowhere else.
 
-    The string is `mark` and the element's tag, so a leak says where it came from.
+    The string is `mark` and the element's tag, so a leak says where it came from. Elements that only frame
+    grabbers and film scanners write are left out: the gate would refuse the image.
     """
+    capture = range(0x00181010, 0x0018101A)
     return {
         keyword_for_tag(tag): f"{mark}{tag:08X}"
         for tag, (vr, multiplicity, _, retired, _) in DicomDictionary.items()
         if vr in _TEXT_VRS and multiplicity.startswith("1") and not retired and 0x0008 <= tag >> 16 < 0x5000
+        if tag not in capture
     }
 
 

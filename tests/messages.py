@@ -14,7 +14,7 @@ from flwr.app.message import make_message
 from fedward_common import weights
 from fedward_common.envelope import Action, Envelope, Instruction, Numbers, envelope_bytes, signed_bytes
 from fedward_common.evaluation.state import state_of
-from fedward_common.plan import PlanBody, SignedPlan, TrainingPlan, parse_plan
+from fedward_common.plan import PlanBody, ReadinessPlan, SignedPlan, TrainingPlan, parse_any_plan, parse_plan
 from fedward_common.protocol import Up
 from fedward_common.state_payload import pack_state
 from fedward_common.weights import Layout, TensorSpec
@@ -52,16 +52,14 @@ def a_plan(**changes: Any) -> TrainingPlan:
     return parse_plan(document)
 
 
-def signed(plan: TrainingPlan | None = None, layout: Layout = LAYOUT) -> SignedPlan:
+def signed(plan: TrainingPlan | ReadinessPlan | None = None, layout: Layout = LAYOUT) -> SignedPlan:
     """The plan in the form of a signed one; who signed is not what these tests are about."""
     moment = datetime(2026, 1, 31, tzinfo=UTC)
     complete = (plan or a_plan()).model_dump() | {
         "federation_id": "test",
         "expires": moment + timedelta(days=36500),
     }
-    body = PlanBody(
-        plan=TrainingPlan.model_validate(complete), layout=layout, nonce="0" * 32, signed_at=moment
-    )
+    body = PlanBody(plan=parse_any_plan(complete), layout=layout, nonce="0" * 32, signed_at=moment)
     return SignedPlan(body=body, signer="anna", signature="0" * 128)
 
 

@@ -32,8 +32,8 @@ from fedward_common.errors import PlanRefusedError, PolicyError, RefusalCode, Us
 from fedward_common.federation import Federation
 from fedward_common.files import write_atomically
 from fedward_common.identity import verify_plan
-from fedward_common.plan import SignedPlan, parse_signed_plan
-from fedward_common.registry import DATASETS, MODELS, STRATEGIES, TASKS, TRAINERS, TRANSFORMS
+from fedward_common.plan import SignedPlan, TrainingPlan, parse_signed_plan
+from fedward_common.registry import DATASETS, MODELS, STRATEGIES, TASKS, TRAINERS, TRANSFORMS, Registry
 
 __all__ = ["PlanGate", "StoredPlan", "readable_summary"]
 
@@ -120,7 +120,7 @@ class PlanGate:
             PolicyError, AuditError: the ledger or the audit log cannot be written.
         """
         asked: dict[str, str | int] = {"run_id": instruction.run_id, "round": instruction.round_index}
-        if is_implied(signed.plan, instruction) and self._entered(signed, instruction):
+        if is_implied(signed.content, instruction) and self._entered(signed, instruction):
             if instruction.action == "train":
                 self._audit.append("round_admitted", **asked, base=instruction.base_digest or "none")
             return
@@ -140,7 +140,11 @@ class PlanGate:
         )
 
     def _entered(self, signed: SignedPlan, instruction: Instruction) -> bool:
-        if instruction.base_digest is None or instruction.plan_digest != signed.digest:
+        if instruction.plan_digest != signed.digest:
+            return False
+        if instruction.action == "survey":
+            return True  # every answer is the first one over again: `session` keeps it
+        if instruction.base_digest is None:
             return False
         if instruction.action == "train":
             return self._ledger.enter_round(
@@ -214,7 +218,7 @@ class PlanGate:
         if (row is None or row.approved is None) and not rule_approves:
             self._note("plan_pending", signed, run_id)
             raise PlanRefusedError(
-                f"plan {signed.plan.name} waits for approval",
+                f"plan {signed.content.name} waits for approval",
                 remedy=f"Read and approve it: fedward-site plan approve {signed.digest}",
                 code=RefusalCode.PLAN_NOT_APPROVED,
             )
@@ -233,7 +237,7 @@ class PlanGate:
         objections = policy.objections(signed)
         if objections:
             raise PlanRefusedError(
-                f"policy refuses plan {signed.plan.name}: {'; '.join(objections)}",
+                f"policy refuses plan {signed.content.name}: {'; '.join(objections)}",
                 remedy="Ask for another plan, or change the limits in policy.toml.",
                 code=RefusalCode.PLAN_REFUSED,
             )
@@ -281,15 +285,16 @@ class PlanGate:
 
 def _check_supported(signed: SignedPlan) -> None:
     """Refuse names that this installation does not have; nothing is imported to find out."""
-    plan = signed.plan
-    named = (
-        (TASKS, plan.task.name),
-        (DATASETS, plan.data.dataset),
-        (TRANSFORMS, plan.transforms.name),
-        (MODELS, plan.model.name),
-        (TRAINERS, plan.training.trainer),
-        (STRATEGIES, plan.strategy.name),
-    )
+    plan = signed.content
+    named: list[tuple[Registry, str]] = [(DATASETS, plan.data.dataset)]
+    if isinstance(plan, TrainingPlan):
+        named += [
+            (TASKS, plan.task.name),
+            (TRANSFORMS, plan.transforms.name),
+            (MODELS, plan.model.name),
+            (TRAINERS, plan.training.trainer),
+            (STRATEGIES, plan.strategy.name),
+        ]
     # Installed packages are searched, at some milliseconds each, only for a name that is not built in.
     missing = [
         f"{registry.kind}: {name}"
@@ -323,7 +328,7 @@ def _run_token(run_id: str) -> str:
 
 def _replayed(signed: SignedPlan) -> PlanRefusedError:
     return PlanRefusedError(
-        f"plan {signed.plan.name} and this run are already bound to another run or plan",
+        f"plan {signed.content.name} and this run are already bound to another run or plan",
         remedy="Ask the coordinator to sign the plan again for a new run; a plan runs once.",
         code=RefusalCode.PLAN_REPLAYED,
     )

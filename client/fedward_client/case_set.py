@@ -1,15 +1,65 @@
-"""A site's cases as tensors in memory: what the dataset hands to the trainer and the evaluator (hop 4).
+"""A site's cases as tensors: what the dataset hands to the trainer and the evaluator (hop 4).
 
-Everything is in RAM after the deterministic transforms, so no training step waits for a file.
+A cohort that fits comfortably into memory lies there after the deterministic transforms, as one tensor,
+so no training step waits for a file. A larger one stays on disk and is mapped: each batch is copied out
+of the mapping when it is its turn, the next one being read from disk meanwhile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from fedward_client.array_cache import StoredArrays
+
+
+class StoredImages:
+    """Images of one split that stay on disk; the part of a tensor's interface that training needs.
+
+    Attributes:
+        shape: `(cases, channels, *size)`.
+    """
+
+    def __init__(self, arrays: StoredArrays, numbers: Sequence[int]) -> None:
+        self._arrays, self._numbers = arrays, tuple(numbers)
+        self.shape: tuple[int, ...] = (len(self._numbers), *arrays.shape[1:])
+
+    def __len__(self) -> int:
+        """Number of cases."""
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Give image after image."""
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, which: torch.Tensor | slice | Sequence[int] | int) -> torch.Tensor:
+        """Copy images into memory: float32 `(number, channels, *size)`, or one without the first axis."""
+        import torch
+
+        if isinstance(which, int):
+            return torch.from_numpy(self._arrays.take([self._numbers[which]])[0])
+        chosen = (
+            self._numbers[which] if isinstance(which, slice) else [self._numbers[i] for i in _list(which)]
+        )
+        return torch.from_numpy(self._arrays.take(chosen))
+
+    def dim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def split(self, split_size: int) -> Iterator[torch.Tensor]:
+        """Give all images in order, so many at a time, reading ahead."""
+        for start in range(0, len(self), split_size):
+            self._arrays.will_need(self._numbers[start + split_size : start + 2 * split_size])
+            yield self[start : start + split_size]
+
+    def will_need(self, which: torch.Tensor | Sequence[int]) -> None:
+        """Have some images read from disk in the background."""
+        self._arrays.will_need([self._numbers[number] for number in _list(which)])
 
 
 @dataclass(frozen=True)
@@ -22,7 +72,7 @@ class CaseSet:
         case_ids: pseudonyms, one a case; they never leave the site.
     """
 
-    images: torch.Tensor
+    images: torch.Tensor | StoredImages
     labels: torch.Tensor
     case_ids: tuple[str, ...]
 
@@ -37,11 +87,24 @@ class CaseSet:
                 f"{self.images.shape[0]} images, {self.labels.shape[0]} labels, {len(self.case_ids)} case ids"
             )
 
+    def will_need(self, which: torch.Tensor) -> None:
+        """Say which images will be asked for next, where that is of use."""
+        if isinstance(self.images, StoredImages):
+            self.images.will_need(which)
+
 
 @dataclass(frozen=True)
 class Splits:
-    """A site's cases divided by patient."""
+    """A site's cases divided by patient, and how many of its studies have something that is refused."""
 
     train: CaseSet
     validation: CaseSet
     test: CaseSet
+    num_quarantined: int = 0
+
+
+def _list(which: torch.Tensor | Sequence[int]) -> Sequence[int]:
+    if isinstance(which, Sequence):
+        return which
+    numbers: list[int] = which.tolist()
+    return numbers

@@ -6,18 +6,20 @@ Heavy imports are inside the commands: the help appears at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fedward_client.cli_cohort import cohort
+from fedward_client.cli_options import HERE, AsJson, Home
 from fedward_common.console import confirm, emit, run_command, say, show_version, table
 
 if TYPE_CHECKING:
     from fedward_client.approvals import PlanGate
     from fedward_client.config import SiteHome
-    from fedward_client.site_data import SiteData
+    from fedward_common.plan import ReadinessPlan, TrainingPlan
 
 app = typer.Typer(
     name="fedward-site",
@@ -27,23 +29,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-cohort = typer.Typer(help="The site's images and labels: read them, count them.", no_args_is_help=True)
-plan = typer.Typer(help="Training plans: list them, read and approve them.", no_args_is_help=True)
+plan = typer.Typer(
+    help="Plans, for training or a survey: list them, read and approve them.", no_args_is_help=True
+)
 outbound = typer.Typer(help="What left this site, from its audit log.", no_args_is_help=True)
 app.add_typer(cohort, name="cohort")
 app.add_typer(plan, name="plan")
 app.add_typer(outbound, name="outbound")
 
-Home = Annotated[
-    Path,
-    typer.Option("--home", envvar="FEDWARD_SITE_HOME", help="The site's folder, made by: fedward-site join."),
-]
 NewHome = Annotated[
     Path,
     typer.Option("--home", envvar="FEDWARD_SITE_HOME", help="New folder for what the site itself writes."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-_HERE = Path("fedward-site")
 
 
 @app.callback()
@@ -61,7 +58,6 @@ def join(
         Path,
         typer.Argument(help="This site's folder of keys, as the coordinator made it: fedward provision."),
     ],
-    dicom: Annotated[Path, typer.Option(help="Folder with DICOM files; only ever read.")],
     labels: Annotated[
         Path,
         typer.Option(
@@ -69,7 +65,17 @@ def join(
             " or PatientID), a column label and, if wanted, a column split (train, validation, test)."
         ),
     ],
-    home: NewHome = _HERE,
+    dicom: Annotated[
+        Path | None, typer.Option(help="Folder with DICOM files; only ever read. If not given: --source.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="Settings of a PACS, if --dicom is not given: a TOML file of which the table [source] is"
+            " read, as in deploy/site/dicomweb.toml and dimse.toml."
+        ),
+    ] = None,
+    home: NewHome = HERE,
     threads: Annotated[
         int, typer.Option(metavar="N", min=0, max=1024, help="CPU threads for training; 0 uses all cores.")
     ] = 0,
@@ -84,7 +90,7 @@ def join(
     from fedward_client.joining import join as set_up
     from fedward_common.federation import read_federation
 
-    set_up(kit, home, dicom, labels, threads, device)
+    set_up(kit, home, dicom, labels, threads, device, source)
     config = load_config(_place(home))
     fingerprint = read_federation(_place(home).identity / "federation.json").fingerprint
     document = {"site": config.name, "home": str(home), "server": config.server, "fingerprint": fingerprint}
@@ -99,7 +105,7 @@ def join(
 
 
 @app.command()
-def doctor(home: Home = _HERE, as_json: AsJson = False) -> None:
+def doctor(home: Home = HERE, as_json: AsJson = False) -> None:
     """Check everything that a site needs; exit code 1 and a remedy for each check that fails."""
     from fedward_client.preflight import checks
 
@@ -127,7 +133,7 @@ def doctor(home: Home = _HERE, as_json: AsJson = False) -> None:
 
 @app.command()
 def run(
-    home: Home = _HERE,
+    home: Home = HERE,
     warm: Annotated[
         bool, typer.Option(help="Load PyTorch now, or only when the first plan arrives.")
     ] = False,
@@ -141,74 +147,14 @@ def run(
     run_site(_place(home), warm=warm, ready=say)
 
 
-@cohort.command("index")
-def cohort_index(home: Home = _HERE, as_json: AsJson = False) -> None:
-    """Read new and changed files of the DICOM folder, and check the label file against them."""
-    from fedward_client.cohort import open_cohort
-    from fedward_client.index import index_folder
-
-    site = _site(home)
-    with _Progress(as_json) as progress:
-        summary = index_folder(site, progress)
-    found = open_cohort(site)
-    document = {
-        "files": summary.num_files,
-        "read": summary.num_read,
-        "images": summary.num_images,
-        "unreadable": summary.num_unreadable,
-        "quarantined": dict(summary.quarantined),
-        "labelled_cases": len(found.cases),
-        "label_rows_in_quarantine": found.num_rows_without_image,
-    }
-
-    def show() -> None:
-        say(f"{summary.num_files} files, {summary.num_read} of them new or changed")
-        say(f"{summary.num_images} usable images, {len(found.cases)} of them labelled")
-        say(f"{summary.num_quarantined} in quarantine; reasons and remedies: fedward-site cohort show")
-
-    emit(document, as_json=as_json, show=show)
-
-
-@cohort.command("show")
-def cohort_show(home: Home = _HERE, as_json: AsJson = False) -> None:
-    """Count the cases by split, label, modality, year, sex and age; list what is in quarantine."""
-    from fedward_client.cohort import count_cases, open_cohort
-    from fedward_client.index import list_quarantine
-
-    site = _site(home)
-    counts = count_cases(open_cohort(site))
-    quarantine = [
-        {
-            "content": item.content,
-            "reason": item.reason.value,
-            "meaning": item.reason.meaning,
-            "files": item.num_files,
-            "remedy": item.remedy,
-        }
-        for item in list_quarantine(site.home)
-    ]
-
-    def show() -> None:
-        rows = [(group, value, count) for group, values in counts.items() for value, count in values.items()]
-        table(("By", "Value", "Cases"), rows, title="Cases")
-        if quarantine:
-            listed = [
-                (str(item["content"])[:12], str(item["meaning"]), str(item["remedy"])) for item in quarantine
-            ]
-            say()
-            table(("Content", "Why", "Remedy"), listed, title="Quarantine")
-
-    emit({"counts": counts, "quarantine": quarantine}, as_json=as_json, show=show)
-
-
 @plan.command("list")
-def plan_list(home: Home = _HERE, as_json: AsJson = False) -> None:
+def plan_list(home: Home = HERE, as_json: AsJson = False) -> None:
     """List every plan that this site knows, and whether it may run."""
     stored = _gate(home).plans()
     document = [
         {
             "digest": item.signed.digest,
-            "name": item.signed.plan.name,
+            "name": item.signed.content.name,
             "signer": item.signed.signer,
             "status": item.status,
             "received": item.received,
@@ -224,7 +170,7 @@ def plan_list(home: Home = _HERE, as_json: AsJson = False) -> None:
             say("No plan has arrived yet.")
             return
         rows = [
-            (item.signed.digest[:16], item.signed.plan.name, item.signed.signer, item.status)
+            (item.signed.digest[:16], item.signed.content.name, item.signed.signer, item.status)
             for item in stored
         ]
         table(("Digest", "Name", "Signed by", "Status"), rows)
@@ -241,7 +187,7 @@ def plan_approve(
             help="A signed plan's file, or at least 12 digits of a digest from: fedward-site plan list.",
         ),
     ],
-    home: Home = _HERE,
+    home: Home = HERE,
     yes: Annotated[bool, typer.Option("--yes", help="Approve without asking; for scripts.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -253,13 +199,30 @@ def plan_approve(
     if not as_json:
         table(("", ""), readable_summary(signed))
         say(f"Digest, to compare with the coordinator:\n  {signed.digest}")
+        _warn_of_misfit(signed.content, home)
     confirm("Approve this plan for this site?", yes=yes, as_json=as_json)
     gate.approve(signed)
     emit(
-        {"approved": signed.digest, "name": signed.plan.name},
+        {"approved": signed.digest, "name": signed.content.name},
         as_json=as_json,
-        show=lambda: say(f"Approved. The site will take part when the coordinator runs {signed.plan.name}."),
+        show=lambda: say(
+            f"Approved. The site will take part when the coordinator runs {signed.content.name}."
+        ),
     )
+
+
+def _warn_of_misfit(content: TrainingPlan | ReadinessPlan, home: Path) -> None:
+    """Say beforehand what the log of a run could only say with a place in the code."""
+    from fedward_client.cohort_file import read_cohort_file
+    from fedward_client.dataset import check_dimensions
+    from fedward_common.errors import CohortError
+    from fedward_common.plan import TrainingPlan
+
+    try:
+        if isinstance(content, TrainingPlan) and content.data.dataset == "dicom_folder":
+            check_dimensions(content, read_cohort_file(home))
+    except CohortError as error:
+        say(f"warning: the site would refuse this plan: {error.message}. {error.remedy}")
 
 
 @outbound.command("show")
@@ -270,7 +233,7 @@ def outbound_show(
     run_id: Annotated[
         str | None, typer.Option("--run", metavar="RUN", help="Only this run, by its id.")
     ] = None,
-    home: Home = _HERE,
+    home: Home = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Show what left this site, message by message, from the audit log."""
@@ -295,14 +258,6 @@ def _place(home: Path) -> SiteHome:
     return SiteHome(home)
 
 
-def _site(home: Path) -> SiteData:
-    from fedward_client.config import load_config
-    from fedward_client.site_data import SiteData
-
-    config = load_config(_place(home))
-    return SiteData(home, config.dicom, config.labels)
-
-
 def _gate(home: Path) -> PlanGate:
     from fedward_client.approvals import PlanGate
     from fedward_common.audit import AuditLog
@@ -310,28 +265,6 @@ def _gate(home: Path) -> PlanGate:
 
     place = _place(home)
     return PlanGate(place, read_federation(place.identity / "federation.json"), AuditLog(place.audit))
-
-
-class _Progress:
-    """A progress bar on a terminal, nothing elsewhere."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet or not sys.stderr.isatty()
-
-    def __enter__(self) -> Callable[[int, int], None] | None:
-        if self._quiet:
-            return None
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True))
-        self._bar.start()
-        task = self._bar.add_task("reading", total=None)
-        return lambda done, total: self._bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if not self._quiet:
-            self._bar.stop()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

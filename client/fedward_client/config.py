@@ -4,7 +4,9 @@ HOME/site.toml        settings (this module)      HOME/policy.toml    what may r
 HOME/identity/        keys and certificates       HOME/plans/         plans and approvals (approvals.py)
 HOME/pseudonym.key    key of the case ids         HOME/audit.jsonl    the audit log
 HOME/index.sqlite     the cohort                  HOME/site.log       the daemon's log
-HOME/site.lock        held by the daemon
+HOME/spool/           images fetched from a PACS  HOME/site.lock      held by the daemon
+HOME/cohort.toml      which images are used       HOME/excluded.json  cases taken out by name
+HOME/surveys/         counts given to surveys
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from fedward_client.site_data import SiteData
+from fedward_client.sources.settings import FolderConfig, SourceConfig
 from fedward_common.errors import UsageError
 from fedward_common.federation import Address
 from fedward_common.plan import Name
@@ -29,7 +33,8 @@ class SiteConfig(BaseModel, frozen=True, extra="forbid"):
     Attributes:
         name: the site's name, as in its certificate.
         server: "host:port" of the federation's server.
-        dicom: folder with DICOM files; only ever read.
+        dicom: folder with DICOM files, only ever read; or else
+        source: where the images come from: another kind of source, or a folder with settings of its own.
         labels: CSV file with the labels.
         threads: CPU threads for training; 0 uses all cores.
         device: where to train; "auto" takes a GPU if there is one.
@@ -37,10 +42,29 @@ class SiteConfig(BaseModel, frozen=True, extra="forbid"):
 
     name: Name
     server: Address
-    dicom: Path
+    dicom: Path | None = None
+    source: SourceConfig | None = None
     labels: Path
     threads: int = Field(default=0, ge=0, le=1024)
     device: Device = "auto"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.dicom is None) == (self.source is None):
+            raise ValueError("give either `dicom`, a folder, or a table [source]")
+        return self
+
+    @property
+    def images(self) -> SourceConfig:
+        """Where the images come from, however it was written."""
+        if self.source is not None:
+            return self.source
+        assert self.dicom is not None
+        return FolderConfig(path=self.dicom)
+
+    def site_data(self, home: Path) -> SiteData:
+        """Where the data side of the site finds its images, labels and state."""
+        return SiteData(home, self.images.images(home), home / self.labels)
 
 
 @dataclass(frozen=True)
@@ -114,7 +138,14 @@ def load_config(home: SiteHome) -> SiteConfig:
         raise UsageError(f"{path} is not TOML: {error}", remedy="Correct the file.") from error
     except ValidationError as error:
         raise UsageError(f"{path}: {faults_of(error)}", remedy="Correct the named keys.") from error
-    return config.model_copy(update={"dicom": home.root / config.dicom, "labels": home.root / config.labels})
+    root = home.root.absolute()  # whoever reads these paths may take them from the home once more
+    return config.model_copy(
+        update={
+            "dicom": config.dicom and root / config.dicom,
+            "source": config.source and config.source.resolved(root),
+            "labels": root / config.labels,
+        }
+    )
 
 
 def faults_of(error: ValidationError) -> str:

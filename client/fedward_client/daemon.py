@@ -21,7 +21,6 @@ from fedward_client.outbound import OutboundDoor
 from fedward_client.policy import load_policy
 from fedward_client.pseudonyms import load_pseudonym_key
 from fedward_client.session import SiteSession, SiteSettings
-from fedward_client.site_data import SiteData
 from fedward_client.worker_process import WorkerProcess
 from fedward_common import logs
 from fedward_common.audit import AuditLog
@@ -102,7 +101,7 @@ def _session(
     home: SiteHome, config: SiteConfig, identity: Identity, audit: AuditLog, worker: WorkerProcess
 ) -> SiteSession:
     """The gate, the door and the worker of this site."""
-    data = SiteData(home.root, config.dicom, config.labels)
+    data = config.site_data(home.root)
     floor = load_policy(home.policy).limits.min_cases
     return SiteSession(
         SiteSettings(config.name, data, config.threads, config.device),

@@ -43,7 +43,7 @@ def predict(model: nn.Module, cases: CaseSet, plan: TrainingPlan, device: str) -
         compute.place_model(model, cases.images.dim())
     with memory_errors_named(), torch.inference_mode():
         # what fits in training fits here: the same batch size
-        for images in cases.images.split(plan.training.batch_size):  # type: ignore[no-untyped-call]
+        for images in cases.images.split(plan.training.batch_size):
             with compute.autocast():
                 logits = model(compute.place_batch(images))
             scores.append(task.scores(logits).cpu())

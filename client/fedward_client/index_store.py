@@ -1,107 +1,56 @@
 """The SQLite file behind the index: which file holds which content, and what is known of it.
 
 Mode 0600, in the site's home. It is the only place where file names, UIDs and patient numbers are
-kept. Two tables: a file holds a content (SHA-256); a content is a usable image, or stands in
-quarantine with a reason. So copies of one image count once, and a bad file is known by what it holds.
+kept. A file holds a content (SHA-256); a content is a usable image, or stands in quarantine with a
+reason. So copies of one image count once, and a bad file is known by what it holds. What is long and
+seldom asked for, the places of slices and the signs that the gate weighs, lies in tables of its own.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Any
 
 from fedward_client.dicom.refusal import Reason, UnusableImageError
+from fedward_client.index_records import (
+    IMAGE_COLUMNS,
+    ContentRecord,
+    FileRecord,
+    IndexedImage,
+    QuarantinedContent,
+    Rule,
+)
+from fedward_client.index_schema import SCHEMA, SCHEMA_VERSION, TABLES
+from fedward_client.labels import LabelKey, columns_of, join_key
 from fedward_client.sources.folder import Candidate
 from fedward_common.errors import CohortError
 
 INDEX_FILE = "index.sqlite"
-SCHEMA_VERSION = "1"
 
-KeyColumn = Literal["SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID"]
-KEY_COLUMNS: tuple[KeyColumn, ...] = get_args(KeyColumn)
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS files (
-    name BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-    content TEXT              -- SHA-256; NULL when the file could not be read
-) STRICT;
-CREATE INDEX IF NOT EXISTS files_by_content ON files (content);
-CREATE TABLE IF NOT EXISTS contents (
-    content TEXT PRIMARY KEY,
-    reason TEXT, kind TEXT NOT NULL DEFAULT '',    -- reason NULL: usable; else in quarantine
-    SOPInstanceUID TEXT, SeriesInstanceUID TEXT, StudyInstanceUID TEXT, PatientID TEXT,
-    modality TEXT, study_year INTEGER, sex TEXT, age_years INTEGER
-) STRICT;
-"""
-
-
-@dataclass(frozen=True)
-class ContentRecord:
-    """What was found in one content: a reason when it is refused, identifiers as far as readable.
-
-    The fields are the columns of the table `contents` after its key, in order.
-    """
-
-    reason: Reason | None
-    kind: str = ""
-    sop_instance: str | None = field(default=None, repr=False)
-    series: str | None = field(default=None, repr=False)
-    study: str | None = field(default=None, repr=False)
-    patient: str | None = field(default=None, repr=False)
-    modality: str | None = field(default=None, repr=False)
-    study_year: int | None = None
-    sex: str | None = None
-    age_years: int | None = None
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file, the digest of what it holds (None: unreadable), and news about that content."""
-
-    file: Candidate
-    content: str | None
-    found: ContentRecord | None
-
-
-@dataclass(frozen=True)
-class IndexedImage:
-    """One usable image. Its identifiers are for joining labels and dividing patients, nowhere else."""
-
-    content: str
-    keys: Mapping[KeyColumn, str] = field(repr=False)
-    modality: str
-    study_year: int | None
-    sex: str | None
-    age_years: int | None
-
-
-@dataclass(frozen=True)
-class QuarantinedContent:
-    """One content that is not used, why, and what to do.
-
-    Args:
-        content: SHA-256 of the file, hex.
-        reason: code from the closed list.
-        kind: name from the DICOM dictionary, or "".
-        num_files: how many files hold it.
-    """
-
-    content: str
-    reason: Reason
-    kind: str
-    num_files: int
-
-    @property
-    def remedy(self) -> str:
-        """What the operator can do."""
-        return self.reason.remedy
+_REASON: Mapping[Rule, str] = {"radiograph": "radiograph_reason", "image": "reason"}
+_KIND: Mapping[Rule, str] = {"radiograph": "radiograph_kind", "image": "kind"}
+_COLUMN = {
+    "SOPInstanceUID": "sop_instance",
+    "SeriesInstanceUID": "series",
+    "StudyInstanceUID": "study",
+    "PatientID": "patient",
+    "AccessionNumber": "accession",
+    "StudyDate": "study_date",
+}
+# Found when an image is prepared: another window, or single images for volumes, may have a use for it.
+_DEPEND_ON_PLAN = (
+    *(Reason.DISPLAY_VALUES, Reason.NO_COMMON_WINDOW, Reason.NOT_HOUNSFIELD),
+    *(Reason.COLOUR, Reason.MULTI_FRAME),
+    *(Reason.DIMENSIONS, Reason.REPEATED_POSITION),
+)
+# How files of images are called that no longer look like DICOM inside: with the usual endings, without
+# any, or after a UID, whose last number then is the ending.
+_IMAGE_ENDINGS = (b"", b".dcm", b".dicom", b".ima", b".img")
 
 
 class CaseIndex:
@@ -122,7 +71,7 @@ class CaseIndex:
             path.chmod(0o600)
             self._database = sqlite3.connect(path, timeout=60, isolation_level=None)
             try:
-                self._database.executescript(_SCHEMA)
+                self._make_tables()
             except sqlite3.Error:
                 self._database.close()
                 raise
@@ -138,23 +87,37 @@ class CaseIndex:
     def forget_if_outdated(self, decoders: str) -> None:
         """Drop all when the schema changed, and the quarantine when decoders were installed or updated.
 
-        Raise `SCHEMA_VERSION` when columns change, or when a rule refuses what it used to accept.
+        See `SCHEMA_VERSION` for when that is.
         """
-        settings = dict(self._rows("SELECT name, value FROM settings"))
-        if settings == {"schema": SCHEMA_VERSION, "decoders": decoders}:
+        known = {name: self.setting(name) for name in ("schema", "decoders")}
+        if known == {"schema": SCHEMA_VERSION, "decoders": decoders}:
             return
-        with _translated():
-            if settings.get("schema") != SCHEMA_VERSION:
-                self._database.executescript("DROP TABLE files; DROP TABLE contents;" + _SCHEMA)
         with self._transaction():
-            self._database.execute(
-                "DELETE FROM files WHERE content IN (SELECT content FROM contents WHERE reason NOT NULL)"
-            )
-            self._database.execute("DELETE FROM contents WHERE reason NOT NULL")
-            self._database.executemany(
-                "INSERT OR REPLACE INTO settings VALUES (?, ?)",
-                [("schema", SCHEMA_VERSION), ("decoders", decoders)],
-            )
+            self._forget("reason NOT NULL OR radiograph_reason NOT NULL")
+            self._set({"schema": SCHEMA_VERSION, "decoders": decoders, "listing": ""})
+
+    def forget_other_plans(self, recipe: str) -> None:
+        """Drop what may have been refused only because of another plan's window, size or kind of case.
+
+        Args:
+            recipe: digest of what decides now how an image is prepared.
+        """
+        if self.setting("recipe") == recipe:
+            return
+        marks = ", ".join("?" * len(_DEPEND_ON_PLAN))
+        with self._transaction():
+            self._forget(f"reason IN ({marks})", *_DEPEND_ON_PLAN)
+            self._set({"recipe": recipe, "listing": ""})
+
+    def setting(self, name: str) -> str:
+        """A text remembered with the index; "" when there is none."""
+        rows = self._rows("SELECT value FROM settings WHERE name = ?", name)
+        return str(rows[0][0]) if rows else ""
+
+    def remember(self, name: str, value: str) -> None:
+        """Remember a text; it is lost with the index."""
+        with self._transaction():
+            self._set({name: value})
 
     def known_files(self) -> dict[bytes, Candidate]:
         """Files that were read and may be passed over when their size and time are unchanged."""
@@ -168,76 +131,236 @@ class CaseIndex:
     def record(self, records: Sequence[FileRecord]) -> None:
         """Remember what files hold and what was found in contents not seen before, all or nothing."""
         files = [(each.file.name, each.file.size, each.file.mtime_ns, each.content) for each in records]
-        contents = [(each.content, *astuple(each.found)) for each in records if each.found is not None]
-        marks = ", ".join("?" * (1 + len(fields(ContentRecord))))
+        news = [(each.content, each.found) for each in records if each.found is not None]
+        contents = [(content, *found.record, found.signs) for content, found in news]
+        slices = [(content, found.slices) for content, found in news if found.slices is not None]
+        signs = {(found.signs,) for _, found in news if found.signs is not None}
+        marks = ", ".join("?" * (1 + len(ContentRecord._fields)))
+        write = self._database.executemany
         with self._transaction():
-            self._database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", files)
-            self._database.executemany(f"INSERT OR REPLACE INTO contents VALUES ({marks})", contents)  # noqa: S608
+            write("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", files)
+            write("INSERT OR IGNORE INTO signs (facts) VALUES (?)", sorted(signs))
+            # A content met before keeps what was found out since, such as pixels that cannot be decoded.
+            write(
+                f"INSERT OR IGNORE INTO contents VALUES ({marks}, "  # noqa: S608
+                "(SELECT id FROM signs WHERE facts = ?))",
+                contents,
+            )
+            write("INSERT OR IGNORE INTO slices VALUES (?, ?)", slices)
 
-    def forget_absent(self, present: set[bytes]) -> None:
-        """Drop files that are gone, contents that no file holds, and judge shared UIDs afresh."""
+    def settle(self, present: Collection[bytes], listing: str) -> None:
+        """Drop files that are gone, contents that no file holds, and judge shared UIDs afresh.
+
+        Args:
+            present: names of all files.
+            listing: remembered as the setting of this name if all of them are known and were read, so
+                that the same listing needs no further look. Another process may be indexing too, with an
+                older or newer listing: what it took away is missed here, and the other way round.
+        """
         known = (name for (name,) in self._rows("SELECT name FROM files"))
         gone = [(name,) for name in known if name not in present]
+        kept = "SELECT content FROM files WHERE content NOT NULL"
         with self._transaction():
             self._database.executemany("DELETE FROM files WHERE name = ?", gone)
-            self._database.execute(
-                "DELETE FROM contents WHERE content NOT IN (SELECT content FROM files WHERE content NOT NULL)"
-            )
-            same = Reason.SAME_UID.value
-            self._database.execute("UPDATE contents SET reason = NULL WHERE reason = ?", (same,))
-            self._database.execute(
-                "UPDATE contents SET reason = ? WHERE reason IS NULL AND SOPInstanceUID IN ("
-                " SELECT SOPInstanceUID FROM contents WHERE reason IS NULL"
-                " GROUP BY SOPInstanceUID HAVING COUNT(*) > 1)",
-                (same,),
-            )
+            for table in ("contents", "slices"):
+                self._database.execute(f"DELETE FROM {table} WHERE content NOT IN ({kept})")  # noqa: S608
+            for rule in _REASON:
+                self._judge_shared_uids(rule)
+            (known_and_read,) = self._rows("SELECT COUNT(*), COUNT(content) FROM files")
+            whole = known_and_read == (len(present), len(present))
+            self._set({"listing": listing if whole else ""})
 
     def quarantine(self, content: str, error: UnusableImageError) -> None:
         """Take one image out of use until its file, the rules or the decoders change."""
+        found = (error.reason.value, error.kind)
         with self._transaction():
             self._database.execute(
-                "UPDATE contents SET reason = ?, kind = ? WHERE content = ?",
-                (error.reason.value, error.kind, content),
+                "UPDATE contents SET reason = ?, kind = ?, radiograph_reason = ?, radiograph_kind = ?"
+                " WHERE content = ?",
+                (*found, *found, content),
             )
 
-    def images(self) -> list[IndexedImage]:
-        """Every usable image, in the order of its content digest."""
-        rows = self._rows("SELECT * FROM contents WHERE reason IS NULL ORDER BY content")
-        return [IndexedImage(row[0], dict(zip(KEY_COLUMNS, row[3:7], strict=True)), *row[7:]) for row in rows]
+    def images(self, rule: Rule = "radiograph", *, refused: bool = False) -> list[IndexedImage]:
+        """Every usable image, or else what of the refused ones is known; in the order of the digest."""
+        return self._images(f"{_REASON[rule]} {'NOT NULL' if refused else 'IS NULL'}")
 
-    def quarantined(self) -> list[QuarantinedContent]:
-        """Everything in quarantine, in the order of its content digest."""
+    def objects(self, sop_classes: Collection[str]) -> list[IndexedImage]:
+        """Objects of these classes, usable as images or not: segmentations, reports, structures."""
+        marks = ", ".join("?" * len(sop_classes))
+        return self._images(f"sop_class IN ({marks})", *sop_classes)
+
+    def num_contents(self) -> int:
+        """Number of distinct contents, usable or not."""
+        return self._count("SELECT COUNT(*) FROM contents")
+
+    def num_copies(self) -> int:
+        """Files whose content another file, counted already, has too."""
+        return self._count("SELECT COUNT(content) - COUNT(DISTINCT content) FROM files")
+
+    def quarantined(
+        self,
+        rule: Rule = "radiograph",
+        modalities: Sequence[str] | None = None,
+        but: Collection[str] = (),
+    ) -> list[QuarantinedContent]:
+        """Everything in quarantine, in the order of its content digest.
+
+        Args:
+            rule: which refusals count.
+            modalities: of these only, and what does not tell its modality; None for all.
+            but: SOP classes that are passed over.
+        """
+        wanted, values = "", [*but]
+        if but:
+            wanted = f" AND (sop_class IS NULL OR sop_class NOT IN ({', '.join('?' * len(but))}))"
+        if modalities is not None:
+            marks = ", ".join([*"?" * len(modalities), "''"])
+            wanted += f" AND (modality IN ({marks}) OR modality IS NULL)"
+            values += modalities
+        reason = _REASON[rule]
         rows = self._rows(
-            "SELECT content, reason, kind, COUNT(*) FROM contents JOIN files USING (content)"
-            " WHERE reason IS NOT NULL GROUP BY content ORDER BY content"
+            f"SELECT content, {reason}, {_KIND[rule]}, COUNT(*), sop_instance, study"  # noqa: S608
+            f" FROM contents JOIN files USING (content) WHERE {reason} IS NOT NULL{wanted}"
+            " GROUP BY content ORDER BY content",
+            *values,
         )
         return [
-            QuarantinedContent(content, Reason(reason), kind, count) for content, reason, kind, count in rows
+            QuarantinedContent(content, Reason(reason), kind, count, instance or "", study or "")
+            for content, reason, kind, count, instance, study in rows
         ]
 
-    def quarantined_keys(self, column: KeyColumn) -> set[str]:
-        """Keys of images in quarantine whose header could be read; their label rows are no mistake."""
-        rows = self._rows(f"SELECT {column} FROM contents WHERE reason IS NOT NULL")  # noqa: S608
-        return {key for (key,) in rows if key}
+    def count_quarantined(self, rule: Rule = "radiograph") -> dict[str, int]:
+        """Number of contents in quarantine, by reason."""
+        reason = _REASON[rule]
+        return dict(
+            self._rows(
+                f"SELECT {reason}, COUNT(*) FROM contents WHERE {reason} NOT NULL"  # noqa: S608
+                f" GROUP BY {reason}"
+            )
+        )
 
-    def num_unidentified(self) -> int:
-        """Files that look like DICOM but whose UID cannot be read: as many label rows may be theirs."""
+    def count_by_signs(self, rule: Rule = "radiograph") -> dict[int | None, int]:
+        """Number of usable images that have the same facts for the gate, by `IndexedImage.signs_id`."""
+        return dict(
+            self._rows(
+                f"SELECT signs_id, COUNT(*) FROM contents WHERE {_REASON[rule]} IS NULL"  # noqa: S608
+                " GROUP BY signs_id"
+            )
+        )
+
+    def quarantined_keys(self, key: LabelKey, rule: Rule = "radiograph") -> set[str]:
+        """Keys of images in quarantine whose header could be read; their label rows are no mistake."""
+        keywords = columns_of(key)
+        columns = ", ".join(_COLUMN[keyword] for keyword in keywords)
         rows = self._rows(
-            "SELECT files.name, contents.reason FROM files LEFT JOIN contents USING (content)"
-            " WHERE files.content IS NULL"
-            " OR (contents.reason IS NOT NULL AND contents.SOPInstanceUID IS NULL)"
+            f"SELECT DISTINCT {columns} FROM contents WHERE {_REASON[rule]} IS NOT NULL"  # noqa: S608
+        )
+        found = (join_key(dict(zip(keywords, map(_text, row), strict=True)), key) for row in rows)
+        return {value for value in found if value}
+
+    def num_unidentified(self, rule: Rule = "radiograph") -> int:
+        """Files that may be images but whose UID cannot be read: as many label rows may be theirs."""
+        rows = self._rows(
+            f"SELECT files.name, contents.{_REASON[rule]} FROM files"  # noqa: S608
+            " LEFT JOIN contents USING (content)"
+            f" WHERE files.content IS NULL OR (contents.{_REASON[rule]} IS NOT NULL"
+            " AND contents.sop_instance IS NULL)"
         )
         stray = Reason.NOT_DICOM.value
-        return sum(reason != stray or name.lower().endswith(b".dcm") for name, reason in rows)
+        return sum(reason != stray or _called_like_an_image(name) for name, reason in rows)
 
     def num_unreadable(self) -> int:
         """Files that could not be read at all."""
-        return int(self._rows("SELECT COUNT(*) FROM files WHERE content IS NULL")[0][0])
+        return self._count("SELECT COUNT(*) FROM files WHERE content IS NULL")
 
     def file_names(self) -> dict[str, bytes]:
         """For each content, the first file that holds it. Only for reading that file."""
         rows = self._rows("SELECT content, MIN(name) FROM files WHERE content NOT NULL GROUP BY content")
         return dict(rows)
+
+    def num_files_of(self, contents: Collection[str]) -> dict[str, int]:
+        """Number of files that hold each of these contents, where it is more than one."""
+        rows = self._rows(
+            "SELECT content, COUNT(*) FROM files WHERE content NOT NULL GROUP BY content HAVING COUNT(*) > 1"
+        )
+        return {content: count for content, count in rows if content in contents}
+
+    def refused(self, reasons: Mapping[str, Reason]) -> list[QuarantinedContent]:
+        """Contents that something else than the index refused, in the order of their digest."""
+        marks = ", ".join("?" * len(reasons))
+        rows = self._rows(
+            f"SELECT content, COUNT(*), sop_instance, study FROM contents JOIN files USING (content)"  # noqa: S608
+            f" WHERE content IN ({marks}) GROUP BY content ORDER BY content",
+            *reasons,
+        )
+        return [
+            QuarantinedContent(content, reasons[content], "", count, instance or "", study or "")
+            for content, count, instance, study in rows
+        ]
+
+    def names_of(self, content: str) -> list[bytes]:
+        """Every file that holds a content, for the operator who asks for names."""
+        return [name for (name,) in self._rows("SELECT name FROM files WHERE content = ?", content)]
+
+    def unreadable_names(self) -> list[bytes]:
+        """Files that could not be read, likewise."""
+        return [name for (name,) in self._rows("SELECT name FROM files WHERE content IS NULL ORDER BY name")]
+
+    def signs(self) -> dict[int, str]:
+        """Facts for the gate as JSON, by `IndexedImage.signs_id`."""
+        return dict(self._rows("SELECT id, facts FROM signs"))
+
+    def slices_of_series(self, series: str) -> list[tuple[str, str]]:
+        """(content, places of its slices as JSON) of the usable images of one series."""
+        return self._rows(
+            "SELECT content, facts FROM contents JOIN slices USING (content)"
+            " WHERE series = ? AND reason IS NULL ORDER BY content",
+            series,
+        )
+
+    def _judge_shared_uids(self, rule: Rule) -> None:
+        """Two usable images of one UID: nobody knows which is right. Usually there are none."""
+        reason, same = _REASON[rule], Reason.SAME_UID.value
+        self._database.execute(
+            f"UPDATE contents SET {reason} = NULL WHERE {reason} = ?",  # noqa: S608
+            (same,),
+        )
+        self._database.execute(
+            f"UPDATE contents SET {reason} = ? WHERE {reason} IS NULL AND sop_instance IN ("  # noqa: S608
+            f" SELECT sop_instance FROM contents WHERE {reason} IS NULL"
+            " GROUP BY sop_instance HAVING COUNT(*) > 1)",
+            (same,),
+        )
+
+    def _images(self, condition: str, *values: str) -> list[IndexedImage]:
+        query = f"SELECT content, {', '.join(IMAGE_COLUMNS)} FROM contents WHERE {condition} ORDER BY content"  # noqa: S608
+        same: dict[Any, Any] = {}  # one text for each patient, study and scanner, not one for each image
+        with _translated():
+            rows = self._database.execute(query, values)
+            return [
+                IndexedImage(content, *(same.setdefault(value, value) for value in row))
+                for content, *row in rows
+            ]
+
+    def _make_tables(self) -> None:
+        """Make the tables that are absent; those of another schema go, with all that is in them."""
+        self._database.executescript(SCHEMA.partition(";")[0])
+        if self.setting("schema") not in ("", SCHEMA_VERSION):
+            drop = "".join(f"DROP TABLE IF EXISTS {table};" for table in TABLES)
+            self._database.executescript(f"BEGIN IMMEDIATE; {drop} DELETE FROM settings; COMMIT;")  # noqa: S608
+        self._database.executescript(SCHEMA)
+
+    def _forget(self, condition: str, *values: str) -> None:
+        """Drop contents, and their files so that they are read again."""
+        some = f"SELECT content FROM contents WHERE {condition}"  # noqa: S608
+        for table in ("files", "slices", "contents"):
+            self._database.execute(f"DELETE FROM {table} WHERE content IN ({some})", values)  # noqa: S608
+
+    def _set(self, values: Mapping[str, str]) -> None:
+        self._database.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", values.items())
+
+    def _count(self, query: str) -> int:
+        return int(self._rows(query)[0][0])
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -254,6 +377,15 @@ class CaseIndex:
     def _rows(self, query: str, *values: str) -> list[tuple]:  # type: ignore[type-arg]
         with _translated():
             return self._database.execute(query, values).fetchall()
+
+
+def _text(value: str | None) -> str:
+    return value or ""
+
+
+def _called_like_an_image(name: bytes) -> bool:
+    _, ending = os.path.splitext(name)  # noqa: PTH122 - names are bytes
+    return ending.lower() in _IMAGE_ENDINGS or ending[1:].isdigit()
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,14 +24,21 @@ from fedward_common.identity import IDENTITY_FILES, Identity, load_identity
 
 
 def join(
-    kit: Path, home: Path, dicom: Path, labels: Path, threads: int = 0, device: Device = "auto"
+    kit: Path,
+    home: Path,
+    dicom: Path | None,
+    labels: Path,
+    threads: int = 0,
+    device: Device = "auto",
+    source: Path | None = None,
 ) -> SiteConfig:
     """Make a site's home, or leave nothing behind.
 
     Args:
         kit: the site's identity directory, made by `fedward provision`.
         home: new or empty folder for the site.
-        dicom: folder with DICOM files.
+        dicom: folder with DICOM files; or else
+        source: TOML file whose table [source] says where the images are; its other keys are not read.
         labels: CSV file with the labels.
         threads: CPU threads for training; 0 uses all cores.
         device: where to train.
@@ -43,11 +52,13 @@ def join(
             f"{home} exists and is not an empty folder",
             remedy="Give another folder with --home; a site that has joined needs no second time.",
         )
-    _check_data(dicom, labels)
+    images = _images_of(dicom, source)
+    if not labels.is_file():
+        raise UsageError(f"{labels} is not a file", remedy="Give the CSV file with the labels: --labels")
     is_new = not home.exists()
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _fill(SiteHome(home), kit, dicom.absolute(), labels.absolute(), threads, device)
+        return _fill(SiteHome(home), kit, images, labels.absolute(), threads, device)
     except BaseException as error:
         _clear(home, is_new)
         if isinstance(error, OSError):
@@ -68,17 +79,21 @@ def _clear(home: Path, is_new: bool) -> None:
         home.rmdir()
 
 
-def _fill(home: SiteHome, kit: Path, dicom: Path, labels: Path, threads: int, device: Device) -> SiteConfig:
+def _fill(
+    home: SiteHome, kit: Path, images: dict[str, Any], labels: Path, threads: int, device: Device
+) -> SiteConfig:
     home.root.chmod(0o700)
     identity = _copy_identity(kit, home.identity)
     try:
-        config = SiteConfig(
-            name=identity.peer.name,
-            server=identity.federation.server,
-            dicom=dicom,
-            labels=labels,
-            threads=threads,
-            device=device,
+        config = SiteConfig.model_validate(
+            {
+                "name": identity.peer.name,
+                "server": identity.federation.server,
+                **images,
+                "labels": labels,
+                "threads": threads,
+                "device": device,
+            }
         )
     except ValidationError as error:
         raise UsageError(f"settings: {faults_of(error)}", remedy="Correct the named settings.") from error
@@ -111,17 +126,36 @@ def _copy_identity(kit: Path, directory: Path) -> Identity:
     return identity
 
 
-def _check_data(dicom: Path, labels: Path) -> None:
-    if not dicom.is_dir():
-        raise UsageError(f"{dicom} is not a folder", remedy="Give the folder with DICOM files: --dicom")
-    if not labels.is_file():
-        raise UsageError(f"{labels} is not a file", remedy="Give the CSV file with the labels: --labels")
+def _images_of(dicom: Path | None, source: Path | None) -> dict[str, Any]:
+    """Where the images are, as a key of `site.toml` and its value; what they say is checked later."""
+    if (dicom is None) == (source is None):
+        raise UsageError(
+            "where the images are is to be said in one way",
+            remedy="Give a folder with DICOM files, --dicom, or the settings of a PACS, --source.",
+        )
+    if dicom is not None:
+        if not dicom.is_dir():
+            raise UsageError(f"{dicom} is not a folder", remedy="Give the folder with DICOM files: --dicom")
+        return {"dicom": dicom.absolute()}
+    assert source is not None
+    remedy = "Give a TOML file with a table [source], as in deploy/site/dicomweb.toml: --source"
+    try:
+        table = tomllib.loads(source.read_text(encoding="utf-8")).get("source")
+    except OSError as error:
+        raise UsageError(f"{source}: {error.strerror}", remedy=remedy) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{source} is not TOML: {error}", remedy=remedy) from error
+    if table is None:
+        raise UsageError(f"{source} has no table [source]", remedy=remedy)
+    return {"source": table}
 
 
 def _as_toml(config: SiteConfig) -> str:
     """Settings as TOML, read back before they are used: JSON's strings and numbers are TOML's too."""
-    document = config.model_dump(mode="json")
-    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in document.items())
+    document = config.model_dump(mode="json", exclude_none=True, exclude={"source"})
+    if config.source is not None:
+        document["source"] = config.source.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    text = "\n".join(_lines_of(document)) + "\n"
     try:
         is_same = tomllib.loads(text) == document
     except tomllib.TOMLDecodeError:
@@ -129,3 +163,10 @@ def _as_toml(config: SiteConfig) -> str:
     if not is_same:
         raise UsageError("a path holds characters that TOML does not", remedy="Rename the folder or file.")
     return text
+
+
+def _lines_of(table: dict[str, Any], name: str = "") -> Iterator[str]:
+    yield from (f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict))
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from ("", f"[{name}{key}]", *_lines_of(value, f"{name}{key}."))

@@ -29,8 +29,9 @@ from fedward_common.envelope import (
 )
 from fedward_common.errors import OutboundError, PayloadError, RefusalCode
 from fedward_common.evaluation.state import check_state, suppressed
-from fedward_common.plan import SignedPlan, TrainingPlan
+from fedward_common.plan import ReadinessPlan, SignedPlan, TrainingPlan, readiness_plan
 from fedward_common.protocol import Up
+from fedward_common.readiness_state import check_survey
 from fedward_common.state_payload import unpack_state
 from fedward_common.weights import num_bytes
 
@@ -64,18 +65,26 @@ class OutboundDoor:
         return up
 
     def counts(self, instruction: Instruction, signed: SignedPlan, counts: dict[str, int]) -> Up:
-        """Say how many cases the site has for each purpose; a small count is not released.
+        """Say how many cases the site has for each purpose, and how many studies it refuses.
+
+        A small count is not released.
 
         A site with fewer training cases than the floor must not train: its update would be about them.
         """
-        floor = self._floor(signed.plan)
+        floor = self.floor(signed.plan)
         if counts["train"] < floor:
             return self.refusal(instruction, RefusalCode.COHORT_TOO_SMALL)
         released = {f"num_{name}": self._count(value, floor) for name, value in counts.items()}
         return self._send(instruction, RefusalCode.OK, Numbers(**released), None)
 
     def update(
-        self, instruction: Instruction, signed: SignedPlan, payload: bytes, num_cases: int, mean_loss: float
+        self,
+        instruction: Instruction,
+        signed: SignedPlan,
+        payload: bytes,
+        num_cases: int,
+        mean_loss: float,
+        num_quarantined: int | None = None,
     ) -> Up:
         """Let a weight update out.
 
@@ -85,12 +94,14 @@ class OutboundDoor:
             payload: packed float32 delta (local minus global).
             num_cases: training cases behind it.
             mean_loss: training loss per case.
+            num_quarantined: studies of which something is refused; a small count is not released, nor is
+                one that is not known.
 
         Raises:
             OutboundError: wrong length, not finite, out of bounds, or too few cases.
         """
         privacy = signed.plan.privacy
-        if num_cases < self._floor(signed.plan) or num_cases > privacy.max_cases:
+        if num_cases < self.floor(signed.plan) or num_cases > privacy.max_cases:
             raise self._blocked(f"update rests on {num_cases} cases")
         if len(payload) != num_bytes(signed.body.layout):
             raise self._blocked(
@@ -102,7 +113,14 @@ class OutboundDoor:
         if largest > privacy.max_abs or norm > privacy.max_norm:
             raise self._blocked(f"update exceeds the plan's bounds: max {largest:.3g}, norm {norm:.3g}")
         loss = round(min(max(mean_loss, 0.0), 1e6), 4) if math.isfinite(mean_loss) else None
-        return self._send(instruction, RefusalCode.OK, Numbers(num_cases=num_cases, mean_loss=loss), payload)
+        numbers = Numbers(
+            num_cases=num_cases,
+            mean_loss=loss,
+            num_quarantined=(
+                None if num_quarantined is None else self._count(num_quarantined, self.floor(signed.plan))
+            ),
+        )
+        return self._send(instruction, RefusalCode.OK, numbers, payload)
 
     def states(self, instruction: Instruction, signed: SignedPlan, payload: bytes) -> Up:
         """Let additive metric counts out, or a state of zeros when they rest on too few cases.
@@ -117,11 +135,32 @@ class OutboundDoor:
         except PayloadError as error:
             raise self._blocked(f"metric state: {error.message}") from error
         num_cases = int(state["num_cases"].sum())
-        if suppressed(state, plan, min_cases=self._floor(plan)):
+        if suppressed(state, plan, min_cases=self.floor(plan)):
             return self._send(instruction, RefusalCode.OK, Numbers(), bytes(len(payload)))
         return self._send(instruction, RefusalCode.OK, Numbers(num_cases=num_cases), payload)
 
-    def _floor(self, plan: TrainingPlan) -> int:
+    def ready(self, instruction: Instruction) -> Up:
+        """Say that the site takes part in a survey, and nothing about its cases."""
+        return self._send(instruction, RefusalCode.OK, Numbers(), None)
+
+    def survey(self, instruction: Instruction, signed: SignedPlan, payload: bytes) -> Up:
+        """Let a survey's counts out, of which the worker has held small cells back.
+
+        Raises:
+            OutboundError: the counts do not have the plan's layout, contradict each other, or a small cell
+                could be had from them.
+        """
+        plan = readiness_plan(signed.content)
+        try:
+            state = unpack_state(payload, plan)
+            check_survey(state, plan, min_cases=self.floor(plan))
+        except PayloadError as error:
+            raise self._blocked(error.message) from error
+        num_cases = int(state["num_cases"][0]) or None
+        return self._send(instruction, RefusalCode.OK, Numbers(num_cases=num_cases), payload)
+
+    def floor(self, plan: TrainingPlan | ReadinessPlan) -> int:
+        """Least number of cases behind a released number: the plan's or the site's own."""
         return max(self.min_cases, plan.privacy.min_cases)
 
     def _count(self, value: int, floor: int) -> int | None:

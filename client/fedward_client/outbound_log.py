@@ -12,6 +12,7 @@ _WHAT = {
     "train": "a weight update",
     "evaluate": "counts for the global model's metrics",
     "baseline": "counts for the metrics of the model trained here alone",
+    "survey": "counts of a survey of the site's cases, small ones held back",
 }
 
 
@@ -35,6 +36,9 @@ def sent_messages(audit: Path, *, run_id: str | None, round_index: int | None) -
     ]
 
 
+_NUMBERS = ("num_train", "num_validation", "num_test", "num_cases", "mean_loss", "num_quarantined")
+
+
 def explain(entry: AuditEntry) -> str:
     """One message in a sentence and its numbers."""
     fields = entry.fields
@@ -42,11 +46,7 @@ def explain(entry: AuditEntry) -> str:
     head = f"{entry.time[:19]}  run {fields['run_id']}, round {fields['round']}: "
     if code is not RefusalCode.OK:
         return f"{head}a refusal ({fields['action']}): {code.meaning} [code {int(code)}]"
-    numbers = ", ".join(
-        f"{name.replace('_', ' ')} {fields[name]}"
-        for name in ("num_train", "num_validation", "num_test", "num_cases", "mean_loss")
-        if name in fields
-    )
+    numbers = ", ".join(f"{name.replace('_', ' ')} {fields[name]}" for name in _NUMBERS if name in fields)
     size = int(fields["payload_bytes"])
     digest = str(fields["payload_digest"])
     body = f"; {size:,} bytes, SHA-256 {digest[:16]}" if size else ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from fedward_client.questions import MAX_MODELS
+from fedward_client.survey_summary import survey_rows
 from fedward_common.evaluation.state import state_layout
-from fedward_common.plan import SignedPlan, TrainingPlan
+from fedward_common.plan import ReadinessPlan, SignedPlan, TrainingPlan
 from fedward_common.weights import num_bytes
 
 
@@ -16,13 +17,23 @@ def readable_summary(signed: SignedPlan) -> list[tuple[str, str]]:
     Texts that the coordinator wrote are freed of control characters, so that they cannot redraw the
     operator's screen. They may still hold the square brackets of a markup language: print them as text.
     """
-    plan = signed.plan
+    plan = signed.content
     rows = [
         ("Plan", plan.name),
         ("Description", plan.description or "none"),
         ("Signed by", f"coordinator {signed.signer}, {signed.body.signed_at:%Y-%m-%d %H:%M %Z}"),
         ("Valid until", "no date" if plan.expires is None else f"{plan.expires:%Y-%m-%d %H:%M %Z}"),
         ("Digest", signed.digest),
+    ]
+    if isinstance(plan, ReadinessPlan):
+        rows += survey_rows(plan)
+    else:
+        rows += _training_rows(signed, plan)
+    return [(title, _printable(text)) for title, text in rows]
+
+
+def _training_rows(signed: SignedPlan, plan: TrainingPlan) -> list[tuple[str, str]]:
+    return [
         ("Learns", _task(plan)),
         ("Data used", _data(plan)),
         ("Images become", f"{plan.transforms.name}, {' x '.join(map(str, plan.transforms.size))}"),
@@ -35,7 +46,6 @@ def readable_summary(signed: SignedPlan) -> list[tuple[str, str]]:
         ("Kept back", f"every number about fewer than {plan.privacy.min_cases} cases"),
         ("Never leaves", "images, DICOM fields, file names, case ids, error texts"),
     ]
-    return [(title, _printable(text)) for title, text in rows]
 
 
 def _task(plan: TrainingPlan) -> str:

@@ -9,6 +9,7 @@ approved by rule and the plan's own bounds are the limits.
     max_payload_mb = 500.0      # of one message
     min_cases = 10              # a plan must keep back numbers about fewer cases than this
     models = ["densenet121"]    # only these; likewise tasks, strategies, trainers, datasets
+    kinds = ["training"]        # of plans; without this, "readiness" plans too may be approved
 
     [[approve]]
     coordinators = ["anna"]     # who signed; all these keys must be given
@@ -16,6 +17,9 @@ approved by rule and the plan's own bounds are the limits.
     tasks = ["classification"]
     strategies = ["fedavg", "fedprox"]
     max_rounds = 20
+
+No rule approves a readiness plan: a small count that one survey holds back is the difference of two surveys
+with slightly different cells, and only a person who reads them can see that.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedward_client.config import faults_of
 from fedward_common.errors import PolicyError
-from fedward_common.plan import Name, SignedPlan
+from fedward_common.plan import Name, SignedPlan, TrainingPlan
 from fedward_common.weights import num_bytes
 
 Names = Annotated[frozenset[Name], Field(min_length=1)]
@@ -50,6 +54,7 @@ class Limits(_Part):
     strategies: Names | None = None
     trainers: Names | None = None
     datasets: Names | None = None
+    kinds: Names | None = None
 
 
 class ApprovalRule(_Part):
@@ -65,6 +70,11 @@ class ApprovalRule(_Part):
     min_cases: int = Field(default=5, ge=1)
     trainers: Names = frozenset({"local_epochs"})
     datasets: Names = frozenset({"dicom_folder"})
+
+    @property
+    def kinds(self) -> Names:
+        """Kinds of plans that a rule can approve."""
+        return frozenset({"training"})
 
 
 class SitePolicy(_Part):
@@ -107,20 +117,24 @@ def load_policy(path: Path) -> SitePolicy:
 
 
 def _excess(signed: SignedPlan, bound: Limits | ApprovalRule) -> list[str]:
-    plan = signed.plan
-    payload_mb = num_bytes(signed.body.layout) / 1e6
-    used = (
-        ("model", plan.model.name, bound.models),
-        ("task", plan.task.name, bound.tasks),
-        ("strategy", plan.strategy.name, bound.strategies),
-        ("trainer", plan.training.trainer, bound.trainers),
+    plan = signed.content
+    used: list[tuple[str, str, Names | None]] = [
+        ("kind", plan.kind, bound.kinds),
         ("dataset", plan.data.dataset, bound.datasets),
-    )
-    numbers = (
-        ("rounds", plan.rounds, bound.max_rounds),
-        ("local epochs", plan.training.local_epochs, bound.max_local_epochs),
-        ("MB a message", payload_mb, bound.max_payload_mb),
-    )
+    ]
+    numbers: list[tuple[str, float, float]] = []
+    if isinstance(plan, TrainingPlan):
+        used += [
+            ("model", plan.model.name, bound.models),
+            ("task", plan.task.name, bound.tasks),
+            ("strategy", plan.strategy.name, bound.strategies),
+            ("trainer", plan.training.trainer, bound.trainers),
+        ]
+        numbers += [
+            ("rounds", plan.rounds, bound.max_rounds),
+            ("local epochs", plan.training.local_epochs, bound.max_local_epochs),
+            ("MB a message", num_bytes(signed.body.layout) / 1e6, bound.max_payload_mb),
+        ]
     found = [
         f"{kind} {name} is not permitted"
         for kind, name, names in used

@@ -7,7 +7,6 @@ the server would otherwise only say that it does not let the site in.
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import ssl
@@ -64,7 +63,6 @@ def checks(home: Path, *, now: datetime | None = None) -> list[Check]:
         "clock": lambda: _clock(site, moment),
         "server reachable": lambda: _reachable(site),
         "server accepts this site": lambda: _accepted(site, moment),
-        "DICOM folder": lambda: _dicom(site),
         "labels": lambda: _labels(site),
         "home writable": lambda: _writable(site),
         "disk space": lambda: _disk_space(site),
@@ -73,7 +71,12 @@ def checks(home: Path, *, now: datetime | None = None) -> list[Check]:
         "plans": lambda: _plans(site, moment),
         "audit log": lambda: f"{verify(site.audit)} entries, chain intact",
     }
-    return [_outcome(name, part) for name, part in parts.items()]
+    outcomes: list[Check] = []
+    for name, part in parts.items():
+        if name == "labels":
+            outcomes += _source(site)
+        outcomes.append(_outcome(name, part))
+    return outcomes
 
 
 def _outcome(name: str, part: Callable[[], str]) -> Check:
@@ -214,19 +217,15 @@ def _compare_clocks(answer: bytes, now: datetime) -> None:
         )
 
 
-def _dicom(site: SiteHome) -> str:
-    folder = load_config(site).dicom
-    remedy = "Correct `dicom` in site.toml, or give the site's user the right to read."
-    if not os.access(folder, os.R_OK | os.X_OK) or not folder.is_dir():
-        raise CohortError(f"{folder} is not a folder that can be read", remedy=remedy)
-    for place, _, names in os.walk(folder):
-        for name in names:
-            if not os.access(Path(place) / name, os.R_OK):
-                raise CohortError(f"{folder} holds files that cannot be read", remedy=remedy)
-            return "can be read and is not empty; see: fedward-site cohort index"
-    raise CohortError(
-        f"{folder} holds no file", remedy="Put DICOM files there, or correct `dicom` in site.toml."
-    )
+def _source(site: SiteHome) -> list[Check]:
+    """Where the images come from, step by step up to the first that fails; imports what reaches a PACS."""
+    from fedward_client.sources.checks import check_source
+
+    try:
+        steps = check_source(load_config(site).images, site.root)
+    except FederationError as error:
+        return [Check("DICOM folder", False, error.message, error.remedy)]
+    return [Check(*step) for step in steps]
 
 
 def _labels(site: SiteHome) -> str:

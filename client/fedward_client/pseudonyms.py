@@ -1,8 +1,9 @@
-"""Case ids that mean something to this site alone.
+"""Pseudonyms of cases, patients and studies that mean something to this site alone.
 
 A case id is HMAC-SHA256 of the image's SOPInstanceUID under a random key that never leaves the site's
-home. A plain hash would not do: UIDs and record numbers can be enumerated. Nothing that decides the
-training (order of cases, division of patients) depends on this key.
+home; patients and studies have pseudonyms of their own kind, so that none can be taken for another. A
+plain hash would not do: UIDs and record numbers can be enumerated. Nothing that decides the training
+(order of cases, division of patients) depends on this key.
 """
 
 from __future__ import annotations
@@ -64,4 +65,24 @@ def case_id_of(key: bytes, sop_instance: str) -> CaseId:
     >>> case_id_of(bytes(32), "1.2.3") == case_id_of(b"k" * 32, "1.2.3")
     False
     """
-    return CaseId(hmac.new(key, b"case|" + sop_instance.encode(), hashlib.sha256).hexdigest()[:32])
+    return CaseId(_code(key, b"case|", sop_instance))
+
+
+def patient_code_of(key: bytes, patient: str) -> str:
+    """Pseudonym of one patient, which groups cases and says nothing else.
+
+    >>> patient_code_of(bytes(32), "1.2.3") == case_id_of(bytes(32), "1.2.3")
+    False
+    """
+    return _code(key, b"patient|", patient)
+
+
+def study_code_of(key: bytes, study: str) -> str:
+    """Pseudonym of one study, for lists that an operator may pass on."""
+    return _code(key, b"study|", study)
+
+
+def _code(key: bytes, kind: bytes, identifier: str) -> str:
+    return hmac.new(key, kind + identifier.encode("utf-8", "backslashreplace"), hashlib.sha256).hexdigest()[
+        :32
+    ]

@@ -13,15 +13,17 @@ checkpoint selects another round for the test. Two such accidents in one place a
 from __future__ import annotations
 
 from fedward_common.envelope import Instruction
-from fedward_common.plan import TrainingPlan
+from fedward_common.plan import ReadinessPlan, TrainingPlan
 
 MAX_MODELS = 3
 """How many different models a site measures on validation cases for one round, and on test cases in all."""
 
 
-def is_implied(plan: TrainingPlan, instruction: Instruction) -> bool:
+def is_implied(plan: TrainingPlan | ReadinessPlan, instruction: Instruction) -> bool:
     """Whether carrying out the plan involves this question, in this round and about these cases."""
     index = instruction.round_index
+    if isinstance(plan, ReadinessPlan):
+        return instruction.action == "survey" and index == 0 and instruction.base_digest is None
     match instruction.action, instruction.split:
         case "train", _:
             return 1 <= index <= plan.rounds

@@ -20,8 +20,15 @@ from fedward_client.worker_process import WorkError
 from fedward_common import weights
 from fedward_common.envelope import Instruction, parse_instruction
 from fedward_common.errors import FederationError, PayloadError, RefusalCode
-from fedward_common.plan import SignedPlan
+from fedward_common.files import write_atomically
+from fedward_common.plan import ReadinessPlan, SignedPlan
 from fedward_common.protocol import Down, Up
+
+SURVEYS = "surveys"
+"""Folder in the site's home with the counts that answered readiness plans."""
+
+
+_COUNTS = ("train", "validation", "test", "quarantined")
 
 
 class Gate(Protocol):
@@ -91,7 +98,7 @@ class SiteSession:
         self._door = door
         self._worker = worker
         self._report = report
-        self._opened: tuple[int | None, str] | None = None
+        self._opened: tuple[int | None, str, str] | None = None
         self._counts: dict[str, int] = {}
         self._last: tuple[Instruction, Up] | None = None
         self._busy = threading.Lock()
@@ -169,6 +176,8 @@ class SiteSession:
         if self._last is not None and self._last[0] == instruction:
             # The server lost our answer (a restart, a cut connection): the same question, the same answer.
             return self._door.again(self._last[1])
+        if isinstance(signed.content, ReadinessPlan):
+            return self._take_part(instruction, signed)
         if instruction.action == "prepare":
             self._open(signed)
             return self._door.counts(instruction, signed, self._counts)
@@ -178,6 +187,28 @@ class SiteSession:
         up = self._work(instruction, signed, payload)
         self._last = (instruction, up)
         return up
+
+    def _take_part(self, instruction: Instruction, signed: SignedPlan) -> Up:
+        """Answer a survey, which has two questions: is the site ready, and what are its counts."""
+        if instruction.action == "prepare":
+            return self._door.ready(instruction)
+        self._gate.admit(signed, instruction)
+        return self._door.survey(instruction, signed, self._counted(signed))
+
+    def _counted(self, signed: SignedPlan) -> bytes:
+        """The released counts of a survey, made once and kept.
+
+        Whoever asks a second time gets the same answer, whatever came into the folder since: from the
+        difference of two answers the newest patient could be read.
+        """
+        kept = self._settings.data.home / SURVEYS / f"{signed.digest}.counts"
+        if kept.exists():
+            return kept.read_bytes()
+        floor = self._door.floor(signed.content)
+        _, reply = self._ask({"op": "survey", **self._place(signed), "min_cases": floor})
+        kept.parent.mkdir(mode=0o700, exist_ok=True)
+        write_atomically(kept, bytes(reply))
+        return bytes(reply)
 
     def _work(self, instruction: Instruction, signed: SignedPlan, payload: bytes) -> Up:
         request = {
@@ -189,7 +220,12 @@ class SiteSession:
         header, reply = self._ask(request, payload)
         if instruction.action == "train":
             return self._door.update(
-                instruction, signed, bytes(reply), int(header["num_cases"]), float(header["mean_loss"])
+                instruction,
+                signed,
+                bytes(reply),
+                int(header["num_cases"]),
+                float(header["mean_loss"]),
+                self._counts["quarantined"],
             )
         return self._door.states(instruction, signed, bytes(reply))
 
@@ -203,25 +239,30 @@ class SiteSession:
         return payload
 
     def _open(self, signed: SignedPlan) -> None:
-        """Open the cohort for this plan in the worker, unless this very process has it open."""
+        """Open the cohort for this plan in the worker, unless this very process has it open.
+
+        A case that the operator took out, or a stricter rule of the gate, holds from the next round on.
+        """
         self._worker.start()
-        if self._opened == (self._worker.pid, signed.digest):
+        declaration = self._settings.data.declaration()
+        if self._opened == (self._worker.pid, signed.digest, declaration):
             return
+        header, _ = self._ask({"op": "open", **self._place(signed)})
+        self._opened = (self._worker.pid, signed.digest, declaration)
+        self._counts = {name: int(header["counts"].get(name, 0)) for name in _COUNTS}
+
+    def _place(self, signed: SignedPlan) -> dict[str, Any]:
+        """What the worker is told of the plan and of the site."""
         data = self._settings.data
-        header, _ = self._ask(
-            {
-                "op": "open",
-                "site": self._settings.name,
-                "plan": signed.plan.model_dump(mode="json"),
-                "home": str(data.home),
-                "dicom": str(data.dicom),
-                "labels": str(data.labels),
-                "threads": self._settings.threads,
-                "device": self._settings.device,
-            }
-        )
-        self._opened = (self._worker.pid, signed.digest)
-        self._counts = {name: int(header["counts"][name]) for name in ("train", "validation", "test")}
+        return {
+            "site": self._settings.name,
+            "plan": signed.content.model_dump(mode="json"),
+            "home": str(data.home),
+            "dicom": str(data.dicom),
+            "labels": str(data.labels),
+            "threads": self._settings.threads,
+            "device": self._settings.device,
+        }
 
     def _ask(self, request: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes | bytearray]:
         if self._cancelled:

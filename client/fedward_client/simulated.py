@@ -27,7 +27,7 @@ from fedward_common.audit import AuditLog
 from fedward_common.envelope import Instruction, job_seed
 from fedward_common.identity import new_signer
 from fedward_common.logs import JsonLines
-from fedward_common.plan import SignedPlan, TrainingPlan, parse_signed_plan
+from fedward_common.plan import ReadinessPlan, SignedPlan, TrainingPlan, parse_signed_plan
 from fedward_common.weights import TensorSpec
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class SimulatedSites:
             apps[name] = client_app(session)
         return apps, keys
 
-    def failures(self, folders: Mapping[str, Path], plan: TrainingPlan) -> SiteFailures:
+    def failures(self, folders: Mapping[str, Path], plan: TrainingPlan | ReadinessPlan) -> SiteFailures:
         """What will have failed at which site, read from the sites' logs.
 
         Args:

@@ -6,8 +6,12 @@ hands it to the worker process, and the operator's commands build it from `site.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+
+COHORT_FILE = "cohort.toml"
+EXCLUSION_FILE = "excluded.json"
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,14 @@ class SiteData:
     home: Path
     dicom: Path
     labels: Path
+
+    def declaration(self) -> str:
+        """Digest of what the operator says may be used: what is open since before a change is out of date."""
+        digest = hashlib.sha256()
+        for name in (COHORT_FILE, EXCLUSION_FILE):
+            try:
+                said = (self.home / name).read_bytes()
+            except FileNotFoundError:
+                said = b""
+            digest.update(hashlib.sha256(said).digest())
+        return digest.hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedward_client.site_data import SiteData
 from fedward_common.errors import FederationError, RefusalCode
-from fedward_common.plan import TrainingPlan
+from fedward_common.plan import ReadinessPlan, TrainingPlan
 
 _FAILURES = frozenset({"instruction_refused", "instruction_malformed", "answer_withheld"})
 
@@ -51,7 +51,9 @@ class SiteFailures:
         plan: the plan that they carry out.
     """
 
-    def __init__(self, logs: Mapping[str, Path], data: Mapping[str, SiteData], plan: TrainingPlan) -> None:
+    def __init__(
+        self, logs: Mapping[str, Path], data: Mapping[str, SiteData], plan: TrainingPlan | ReadinessPlan
+    ) -> None:
         self._logs, self._data, self._plan = logs, data, plan
         self._read = {name: log.stat().st_size for name, log in logs.items() if log.exists()}
         self._told: set[tuple[str, object, str]] = set()
@@ -100,6 +102,8 @@ class SiteFailures:
     def _matter(self, site: str) -> str:
         """What is the matter with a site's images or labels: the worker told only that something is."""
         from fedward_client.cohort import open_cohort
+        from fedward_client.cohort_file import read_cohort_file
+        from fedward_client.dataset import check_dimensions
         from fedward_client.sources.folder import find_files
 
         data = self._data[site]
@@ -108,6 +112,8 @@ class SiteFailures:
         try:
             if next(iter(find_files(data.dicom)), None) is None:
                 return f"{data.dicom} holds no files"
+            if isinstance(self._plan, TrainingPlan):
+                check_dimensions(self._plan, read_cohort_file(data.home))
             open_cohort(data, self._plan.data, self._plan.task.labels)
         except FederationError as error:
             return error.message

@@ -28,7 +28,7 @@ from fedward_common.errors import (
     PlanError,
     RefusalCode,
 )
-from fedward_common.plan import TrainingPlan, parse_plan
+from fedward_common.plan import TrainingPlan, parse_any_plan, parse_plan, readiness_plan
 from fedward_common.registry import DATASETS, STRATEGIES, TRAINERS
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Worker:
             "train": self._train,
             "evaluate": self._evaluate,
             "baseline": self._baseline,
+            "survey": self._survey,
         }
 
     def answer(self, request: dict[str, Any], payload: bytearray) -> tuple[dict[str, Any], bytes]:
@@ -97,7 +98,15 @@ class Worker:
             strategy_hook=strategy.adjust_gradients(plan.strategy.options),
         )
         counts = {name: len(getattr(splits, name).labels) for name in ("train", "validation", "test")}
-        return {"counts": counts}, b""
+        return {"counts": counts | {"quarantined": splits.num_quarantined}}, b""
+
+    def _survey(self, request: dict[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
+        from fedward_client.readiness import survey
+        from fedward_common.state_payload import pack_state
+
+        plan = readiness_plan(parse_any_plan(request["plan"]))
+        site = SiteData(Path(request["home"]), Path(request["dicom"]), Path(request["labels"]))
+        return {}, pack_state(survey(plan, site, min_cases=int(request["min_cases"])), plan)
 
     def _initial(self, request: dict[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
         from fedward_common.models import initial_weights, layout_of

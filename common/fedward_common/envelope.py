@@ -16,7 +16,7 @@ from fedward_common.errors import PayloadError
 from fedward_common.plan import Name, TrainingPlan, canonical_bytes
 
 PROTOCOL_VERSION: Literal[1] = 1
-Action = Literal["prepare", "train", "evaluate", "baseline"]
+Action = Literal["prepare", "train", "evaluate", "baseline", "survey"]
 SplitName = Literal["validation", "test"]
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,79}$")]
@@ -47,6 +47,7 @@ class Numbers(BaseModel):
 
     Attributes:
         num_train, num_validation, num_test: cases the site has for each purpose.
+        num_quarantined: studies of which the site refuses something.
         num_cases: cases behind this payload.
         mean_loss: training loss per case, rounded.
         seconds: time the site worked on the message, rounded to tenths.
@@ -57,6 +58,7 @@ class Numbers(BaseModel):
     num_train: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     num_validation: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     num_test: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    num_quarantined: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     num_cases: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     mean_loss: float | None = Field(default=None, ge=0, le=1e6)
     seconds: float | None = Field(default=None, ge=0, le=1e7)

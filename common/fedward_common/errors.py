@@ -118,6 +118,12 @@ class EvaluationError(FederationError):
     exit_code = 14
 
 
+class NotReadyError(FederationError):
+    """A survey of the sites ended with no-go: rules of its plan are not met."""
+
+    exit_code = 16
+
+
 class RefusalCode(IntEnum):
     """All a site ever says about a failure: a number. The text stays in the site's own log."""
 

@@ -45,6 +45,7 @@ from fedward_common.federation import (
 )
 from fedward_common.plan import (
     PlanBody,
+    ReadinessPlan,
     SignedPlan,
     TrainingPlan,
     canonical_bytes,
@@ -185,7 +186,7 @@ def new_signer(seed: bytes | None = None) -> tuple[Callable[[bytes], str], str]:
 
 
 def sign_plan(
-    plan: TrainingPlan,
+    plan: TrainingPlan | ReadinessPlan,
     layout: Layout,
     identity: Identity,
     *,
@@ -238,9 +239,10 @@ def verify_plan(document: bytes, federation: Federation, *, now: datetime | None
         signed = parse_signed_plan(document)
     except PlanError as error:
         raise PlanRefusedError(error.message, remedy=error.remedy, code=RefusalCode.PLAN_SIGNATURE) from error
-    if signed.plan.federation_id != federation.federation_id:
+    if signed.content.federation_id != federation.federation_id:
         raise PlanRefusedError(
-            f"plan is for federation {signed.plan.federation_id or 'none'}, not {federation.federation_id}",
+            f"plan is for federation {signed.content.federation_id or 'none'},"
+            f" not {federation.federation_id}",
             remedy="Ask the coordinator of this federation for a plan.",
             code=RefusalCode.PLAN_FEDERATION,
         )
@@ -253,7 +255,7 @@ def verify_plan(document: bytes, federation: Federation, *, now: datetime | None
         )
     if signed.expired(now):
         raise PlanRefusedError(
-            f"plan {signed.plan.name} expired on {signed.plan.expires}",
+            f"plan {signed.content.name} expired on {signed.content.expires}",
             remedy="Ask the coordinator to sign it again, or correct this machine's clock.",
             code=RefusalCode.PLAN_EXPIRED,
         )

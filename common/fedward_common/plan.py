@@ -1,9 +1,10 @@
-"""The training plan: what a coordinator asks sites to do, and the only thing a site acts on.
+"""The plan: what a coordinator asks sites to do, and the only thing a site acts on.
 
-A plan is a TOML file parsed once, here, into a frozen model that forbids unknown keys. Signing adds
-what the plan implies but does not spell out (the layout of the tensors that may travel) and fixes it
-with the coordinator's Ed25519 signature over canonical bytes. A site reads nothing else: neither file
-names nor code nor settings arrive in any other way.
+There are two kinds: the training plan, in this module, and the readiness plan (`readiness_plan.py`), which
+counts a site's cases before training. A plan is a TOML file parsed once, here, into a frozen model that
+forbids unknown keys. Signing adds what the plan implies but does not spell out (the layout of the tensors
+that may travel) and fixes it with the coordinator's Ed25519 signature over canonical bytes. A site reads
+nothing else: neither file names nor code nor settings arrive in any other way.
 """
 
 from __future__ import annotations
@@ -13,80 +14,64 @@ import json
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
-from fedward_common.errors import PlanError
+from fedward_common.errors import PlanError, PlanRefusedError, RefusalCode
+from fedward_common.plan_parts import DataPart, Name, Part, Participation, TaskPart
+from fedward_common.readiness_plan import ReadinessPlan
 from fedward_common.registry import DATASETS, MODELS, STRATEGIES, TASKS, TRAINERS, TRANSFORMS
 from fedward_common.weights import Layout
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
+__all__ = [
+    "AnyPlan",
+    "Augmentation",
+    "DataPart",
+    "EvaluationPart",
+    "ModelPart",
+    "Name",
+    "Options",
+    "Participation",
+    "PlanBody",
+    "PrivacyPart",
+    "ReadinessPlan",
+    "Scalar",
+    "SignedPlan",
+    "StrategyPart",
+    "TaskPart",
+    "TrainingPart",
+    "TrainingPlan",
+    "TransformPart",
+    "canonical_bytes",
+    "check_names",
+    "parse_any_plan",
+    "parse_plan",
+    "parse_signed_plan",
+    "read_any_plan",
+    "read_plan",
+    "readiness_plan",
+    "training_plan",
+]
+
 Scalar = bool | int | float | str
 Options = dict[str, Scalar | tuple[Scalar, ...]]
 
 
-class _Part(BaseModel):
-    # TOML and JSON readers let nan and inf through; as a bound, either would permit everything.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+_Percentile = Annotated[float, Field(ge=0, le=100)]
+_Millimetres = Annotated[float, Field(ge=0.05, le=50)]
 
 
-class Participation(_Part):
-    """Who must take part, and how long the others wait.
-
-    Attributes:
-        quorum: least number of sites whose updates make a round.
-        deadline_s: seconds a round waits for its sites.
-        gather_s: seconds the start of a run waits for sites to be online and to have approved.
-    """
-
-    quorum: int = Field(ge=1, le=1000)
-    deadline_s: float = Field(default=3600, gt=0, le=7 * 86400)
-    gather_s: float = Field(default=300, gt=0, le=7 * 86400)
-
-
-class TaskPart(_Part):
-    """What is learned. `labels` are the classes in the order of the label file's numbers."""
-
-    name: Name = "classification"
-    labels: tuple[str, ...] = Field(min_length=2, max_length=64)
-    positive: str | None = None
-
-    @property
-    def positive_index(self) -> int:
-        """Index of the positive class; the last label when none is named."""
-        return len(self.labels) - 1 if self.positive is None else self.labels.index(self.positive)
-
-    @model_validator(mode="after")
-    def _labels_differ(self) -> TaskPart:
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels must differ")
-        if self.positive is not None and self.positive not in self.labels:
-            raise ValueError(f"positive = {self.positive!r} is not among the labels")
-        return self
-
-
-class DataPart(_Part):
-    """Which cases a site uses, and how patients are divided.
-
-    The label file's own `split` column wins where it has one; else patients are divided by a hash of
-    `split_seed` and the patient, so that the division is stable and no patient is on two sides.
-    """
-
-    dataset: Name = "dicom_folder"
-    modalities: tuple[str, ...] = ("CR", "DX")
-    validation_fraction: float = Field(default=0.15, ge=0, lt=1)
-    test_fraction: float = Field(default=0.2, ge=0, lt=1)
-    split_seed: int = Field(default=0, ge=0, lt=2**32)
-
-    @model_validator(mode="after")
-    def _something_left_to_train_on(self) -> DataPart:
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError("validation_fraction + test_fraction must be below 1")
-        return self
-
-
-class Augmentation(_Part):
+class Augmentation(Part):
     """Random changes of training images; 0 switches one off. Seeded by plan, round and site."""
 
     rotate_degrees: float = Field(default=0, ge=0, le=180)
@@ -96,24 +81,50 @@ class Augmentation(_Part):
     probability: float = Field(default=0.5, gt=0, le=1)
 
 
-class TransformPart(_Part):
-    """How an image becomes a tensor."""
+class TransformPart(Part):
+    """How an image or volume becomes a tensor.
+
+    Attributes:
+        name: the pipeline (see `fedward_common/transforms`).
+        size: height and width, or of a volume slices, rows and columns.
+        window: what becomes black and white: "file", what the file would have a viewer show; "percentiles",
+            two of them for each image; or two values in the image's units, such as HU.
+        percentiles: which two.
+        spacing_mm: of a volume, between slices, rows and columns: its middle is cut out or padded to `size`.
+            Without it, the whole field of view is scaled to `size`.
+        view: which way a volume lies; "acquired" leaves slices as they were acquired.
+        augmentation: random changes of training images.
+    """
 
     name: Name = "chest_xray"
     size: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         default=(64, 64), min_length=2, max_length=3
     )
+    window: Literal["file", "percentiles"] | tuple[float, float] = "file"
+    percentiles: tuple[_Percentile, _Percentile] = (0.5, 99.5)
+    spacing_mm: tuple[_Millimetres, _Millimetres, _Millimetres] | None = None
+    view: Literal["acquired", "axial", "coronal", "sagittal"] = "acquired"
     augmentation: Augmentation = Augmentation()
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if isinstance(self.window, tuple) and not self.window[0] < self.window[1]:
+            raise ValueError("window: the first value must be below the second")
+        if not self.percentiles[0] < self.percentiles[1]:
+            raise ValueError("percentiles: the first must be below the second")
+        if len(self.size) == 2 and (self.spacing_mm is not None or self.view != "acquired"):
+            raise ValueError("spacing_mm and view are for volumes: size needs three numbers")
+        return self
 
-class ModelPart(_Part):
+
+class ModelPart(Part):
     """Which network, with which options (see `fedward_common/models`)."""
 
     name: Name
-    options: Options = {}
+    options: Options = Field(default_factory=dict)
 
 
-class TrainingPart(_Part):
+class TrainingPart(Part):
     """What a site does with its training cases in one round."""
 
     trainer: Name = "local_epochs"
@@ -128,14 +139,14 @@ class TrainingPart(_Part):
     label_smoothing: float = Field(default=0, ge=0, lt=0.5)
 
 
-class StrategyPart(_Part):
+class StrategyPart(Part):
     """How contributions become the next global model (see `fedward_common/strategies`)."""
 
     name: Name = "fedavg"
-    options: Options = {}
+    options: Options = Field(default_factory=dict)
 
 
-class PrivacyPart(_Part):
+class PrivacyPart(Part):
     """Bounds on what may leave a site. A site's own policy may only tighten them.
 
     Attributes:
@@ -151,7 +162,7 @@ class PrivacyPart(_Part):
     max_norm: float = Field(default=1e4, gt=0)
 
 
-class EvaluationPart(_Part):
+class EvaluationPart(Part):
     """What is measured.
 
     Attributes:
@@ -171,9 +182,10 @@ class EvaluationPart(_Part):
     compare_local: bool = True
 
 
-class TrainingPlan(_Part):
-    """Everything a coordinator may ask of a site, parsed once and never changed."""
+class TrainingPlan(Part):
+    """Everything a coordinator may ask of a site that trains, parsed once and never changed."""
 
+    kind: Literal["training"] = "training"
     name: Name
     description: str = Field(default="", max_length=2000)
     federation_id: str = Field(default="", max_length=64)
@@ -191,36 +203,96 @@ class TrainingPlan(_Part):
     evaluation: EvaluationPart = EvaluationPart()
 
 
-def read_plan(path: Path) -> TrainingPlan:
-    """Parse a TOML plan.
+def _kind_of(document: Any) -> str:
+    """Which kind of plan a document or a plan is; without a word on it, it trains."""
+    kind = document.get("kind", "training") if isinstance(document, dict) else getattr(document, "kind", "")
+    return str(kind)
+
+
+AnyPlan = Annotated[
+    Annotated[TrainingPlan, Tag("training")] | Annotated[ReadinessPlan, Tag("readiness")],
+    Discriminator(_kind_of),
+]
+_ANY_PLAN: TypeAdapter[TrainingPlan | ReadinessPlan] = TypeAdapter(AnyPlan)
+
+
+def read_any_plan(path: Path) -> TrainingPlan | ReadinessPlan:
+    """Parse a TOML plan of either kind.
 
     Raises:
         PlanError: not readable, not TOML, an unknown key, or a value out of bounds; every fault is named.
     """
     try:
-        return parse_plan(tomllib.loads(path.read_text(encoding="utf-8")))
+        return parse_any_plan(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PlanError(
             f"plan {path.name}: {error}", remedy="Give the path of a TOML plan; see deploy/plans."
         ) from error
 
 
-def parse_plan(document: dict[str, Any]) -> TrainingPlan:
-    """Check a parsed document and turn it into a plan; see `read_plan` for the errors."""
+def read_plan(path: Path) -> TrainingPlan:
+    """Parse a TOML training plan; see `read_any_plan` for the errors."""
+    return training_plan(read_any_plan(path))
+
+
+def parse_any_plan(document: dict[str, Any]) -> TrainingPlan | ReadinessPlan:
+    """Check a parsed document and turn it into a plan; see `read_any_plan` for the errors."""
     try:
-        plan = TrainingPlan.model_validate(document)
+        return _ANY_PLAN.validate_python(document)
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(str(step) for step in fault['loc']) or 'plan'}: {fault['msg']}"
+            f"{'.'.join(str(step) for step in _path(fault['loc'])) or 'plan'}: {fault['msg']}"
             for fault in error.errors(include_url=False)
         )
         raise PlanError(f"plan is not valid: {faults}", remedy="Correct the named keys.") from error
-    return plan
 
 
-def check_names(plan: TrainingPlan) -> None:
+def parse_plan(document: dict[str, Any]) -> TrainingPlan:
+    """Check a parsed document and turn it into a training plan; see `read_any_plan` for the errors."""
+    return training_plan(parse_any_plan(document))
+
+
+def training_plan(plan: TrainingPlan | ReadinessPlan) -> TrainingPlan:
+    """Pass a training plan on.
+
+    Raises:
+        PlanRefusedError: it is of another kind; whatever only knows training does nothing with it.
+    """
+    if isinstance(plan, TrainingPlan):
+        return plan
+    raise PlanRefusedError(
+        f"plan {plan.name} is a {plan.kind} plan, and this needs a training plan",
+        remedy="Give a plan that trains; see deploy/plans.",
+        code=RefusalCode.PLAN_UNSUPPORTED,
+    )
+
+
+def readiness_plan(plan: TrainingPlan | ReadinessPlan) -> ReadinessPlan:
+    """Pass a readiness plan on.
+
+    Raises:
+        PlanRefusedError: it is of another kind.
+    """
+    if isinstance(plan, ReadinessPlan):
+        return plan
+    raise PlanRefusedError(
+        f"plan {plan.name} is a {plan.kind} plan, and this needs a readiness plan",
+        remedy='Give a plan with kind = "readiness"; see deploy/plans.',
+        code=RefusalCode.PLAN_UNSUPPORTED,
+    )
+
+
+def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """A fault's place without the kind of plan, with which pydantic begins it."""
+    return location[1:] if location[:1] in (("training",), ("readiness",)) else location
+
+
+def check_names(plan: TrainingPlan | ReadinessPlan) -> None:
     """Raise PlanError when a part that the plan names is unknown on this machine or rejects its options."""
     DATASETS.check(plan.data.dataset)
+    if isinstance(plan, ReadinessPlan):
+        _check_surveyable(plan)
+        return
     TRAINERS.check(plan.training.trainer)
     TASKS.load(plan.task.name)
     TRANSFORMS.load(plan.transforms.name)
@@ -228,19 +300,28 @@ def check_names(plan: TrainingPlan) -> None:
     STRATEGIES.load(plan.strategy.name).check(plan.strategy.options)
 
 
-class PlanBody(_Part):
-    """What is signed: the plan, the layout of tensors that may travel, and a nonce.
+def _check_surveyable(plan: ReadinessPlan) -> None:
+    """Only folders of DICOM files are surveyed; another dataset's cases have no header to count by."""
+    if plan.data.dataset != "dicom_folder":
+        raise PlanError(
+            f"dataset {plan.data.dataset!r} cannot be surveyed, only dicom_folder can",
+            remedy="Leave data.dataset out of the readiness plan.",
+        )
+
+
+class PlanBody(Part):
+    """What is signed: the plan, the layout of tensors that may travel (none without a model), and a nonce.
 
     The nonce makes every signing unique: a site runs one signed plan for one run only.
     """
 
-    plan: TrainingPlan
+    plan: AnyPlan
     layout: Layout
     nonce: str = Field(pattern=r"^[0-9a-f]{32}$")
     signed_at: AwareDatetime
 
 
-class SignedPlan(_Part):
+class SignedPlan(Part):
     """A plan body with the coordinator's signature over its canonical bytes."""
 
     body: PlanBody
@@ -248,9 +329,14 @@ class SignedPlan(_Part):
     signature: str = Field(pattern=r"^[0-9a-f]{128}$")
 
     @property
-    def plan(self) -> TrainingPlan:
+    def content(self) -> TrainingPlan | ReadinessPlan:
         """The plan itself."""
         return self.body.plan
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The plan itself, for whatever only knows training: PlanRefusedError when it is of another kind."""
+        return training_plan(self.body.plan)
 
     @property
     def digest(self) -> str:
@@ -263,7 +349,7 @@ class SignedPlan(_Part):
 
     def expired(self, now: datetime | None = None) -> bool:
         """Whether the plan has no expiry (fail closed) or it has passed."""
-        expires = self.plan.expires
+        expires = self.content.expires
         return expires is None or expires <= (now or datetime.now(UTC))
 
 

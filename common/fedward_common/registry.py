@@ -77,7 +77,15 @@ MODELS = Registry(
     },
 )
 TASKS = Registry("tasks", {"classification": "fedward_common.tasks.classification:TASK"})
-TRANSFORMS = Registry("transforms", {"chest_xray": "fedward_common.transforms.chest_xray:TRANSFORM"})
+TRANSFORMS = Registry(
+    "transforms",
+    {
+        "chest_xray": "fedward_common.transforms.chest_xray:TRANSFORM",
+        "image": "fedward_common.transforms.image:TRANSFORM",
+        "colour_image": "fedward_common.transforms.colour_image:TRANSFORM",
+        "volume": "fedward_common.transforms.volume:TRANSFORM",
+    },
+)
 STRATEGIES = Registry(
     "strategies",
     {

@@ -20,8 +20,9 @@ from fedward_common.envelope import Envelope, Instruction, Numbers, parse_envelo
 from fedward_common.errors import PayloadError, RefusalCode
 from fedward_common.evaluation.state import check_state
 from fedward_common.identity import verify
-from fedward_common.plan import PrivacyPart, SignedPlan, TrainingPlan
+from fedward_common.plan import PrivacyPart, ReadinessPlan, SignedPlan, TrainingPlan
 from fedward_common.protocol import Up
+from fedward_common.readiness_state import check_survey
 from fedward_common.state_payload import unpack_state
 from fedward_common.weights import Weights, num_bytes, unpack
 
@@ -33,8 +34,8 @@ class Answer:
     """A site's answer after the checks: usable when `code` is OK.
 
     `delta` is set for an admitted `train`, with the largest absolute value of each of its tensors;
-    `state` for an admitted `evaluate` or `baseline`, unless the site held it back because it rests on
-    too few cases.
+    `state` for an admitted `evaluate`, `baseline` or `survey`, unless the site held it back because it
+    rests on too few cases.
     """
 
     site: str
@@ -79,7 +80,7 @@ def admit(up: Up, instruction: Instruction, signed: SignedPlan, site: str, signi
         )
     if instruction.action == "train":
         return _admit_update(envelope, up.payload, signed)
-    return _admit_state(envelope, up.payload, signed.plan)
+    return _admit_state(envelope, up.payload, signed.content)
 
 
 def _admit_update(envelope: Envelope, payload: bytes | None, signed: SignedPlan) -> Answer:
@@ -104,13 +105,18 @@ def _admit_update(envelope: Envelope, payload: bytes | None, signed: SignedPlan)
     )
 
 
-def _admit_state(envelope: Envelope, payload: bytes | None, plan: TrainingPlan) -> Answer:
+def _admit_state(envelope: Envelope, payload: bytes | None, plan: TrainingPlan | ReadinessPlan) -> Answer:
     try:
         state = unpack_state(payload or b"", plan)
-        check_state(state, plan, max_cases=plan.privacy.max_cases)
+        if isinstance(plan, ReadinessPlan):
+            check_survey(state, plan)
+        else:
+            check_state(state, plan, max_cases=plan.privacy.max_cases)
     except PayloadError:
         return Answer(envelope.site, RefusalCode.UPDATE_MALFORMED)
     held_back = envelope.numbers.num_cases is None
+    if isinstance(plan, ReadinessPlan) and envelope.numbers.num_cases == 0:
+        return Answer(envelope.site, RefusalCode.UPDATE_MALFORMED)  # no site counts nobody
     if int(state["num_cases"][0]) != (envelope.numbers.num_cases or 0):
         return Answer(envelope.site, RefusalCode.UPDATE_MALFORMED)
     return Answer(

@@ -14,13 +14,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedward_common.errors import CheckpointError
-from fedward_common.plan import SignedPlan
+from fedward_common.plan import ReadinessPlan, SignedPlan
 from fedward_common.weights import Weights
 from fedward_server.checkpoints import Checkpoints
 from fedward_server.fleet import Fleet
 from fedward_server.rounds import GlobalModel, RoundLoop, RunOutcome, first_model
 from fedward_server.run_records import RoundRecord
 from fedward_server.runs import EventKind, RunStore
+from fedward_server.survey import SurveyOutcome, run_survey
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,18 @@ class StoreRecorder:
         return GlobalModel(round_index, checkpoint.weights, checkpoint.strategy_state)
 
 
-def server_app(context: RunContext, done: Callable[[RunOutcome], None]) -> ServerApp:
+def server_app(context: RunContext, done: Callable[[RunOutcome | SurveyOutcome], None]) -> ServerApp:
     """A Flower app that runs the plan of `context` and hands its outcome to `done`."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, _: Context) -> None:
         fleet = Fleet(grid, context.signed, context.run_id, context.signing_keys, context.stop)
-        loop = RoundLoop(fleet, context.signed, StoreRecorder(context))
+        recorder, plan = StoreRecorder(context), context.signed.content
+        if isinstance(plan, ReadinessPlan):
+            done(run_survey(fleet, plan, recorder.event))
+            return
+        loop = RoundLoop(fleet, context.signed, recorder)
         initial = context.initial_weights()
         start, history = _starting_point(context, initial)
         done(loop.run(start, initial, history))

@@ -195,11 +195,11 @@ def simulate(
     as_json: EventsAsJson = False,
 ) -> None:
     """Run a plan with many sites on this machine, without a network and without keys."""
-    from fedward_common.plan import read_plan
+    from fedward_common.plan import read_any_plan
     from fedward_server.simulation import simulate as run_simulation
 
     status = run_simulation(
-        read_plan(plan_file),
+        read_any_plan(plan_file),
         num_sites=sites,
         data=data,
         out=out,

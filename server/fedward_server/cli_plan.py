@@ -11,10 +11,12 @@ from fedward_common.console import emit, say, table
 from fedward_server.console import read_file, write_file
 
 if TYPE_CHECKING:
-    from fedward_common.plan import SignedPlan, TrainingPlan
+    from fedward_common.plan import ReadinessPlan, SignedPlan, TrainingPlan
     from fedward_common.weights import Layout
 
-plan = typer.Typer(help="Training plans: check and sign them.", no_args_is_help=True)
+plan = typer.Typer(
+    help="Plans, for training or for a survey before it: check and sign them.", no_args_is_help=True
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -31,7 +33,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check a plan and every part that it names, and show what it asks of a site; nothing is sent."""
-    from fedward_common.plan import check_names, parse_signed_plan, read_plan
+    from fedward_common.plan import check_names, parse_signed_plan, read_any_plan
 
     signed: SignedPlan | None = None
     document = read_file(path)
@@ -41,7 +43,7 @@ def check(
             from fedward_common.identity import load_identity, verify_plan
 
             verify_plan(document, load_identity(identity).federation)
-    content = read_plan(path) if signed is None else signed.plan
+    content = read_any_plan(path) if signed is None else signed.content
     check_names(content)
     layout = _layout(content)
     checked = signed is not None and identity is not None
@@ -65,14 +67,14 @@ def sign(
 ) -> None:
     """Sign a plan for one run; from then on every byte of it is fixed, and so is what may leave a site."""
     from fedward_common.identity import load_identity, sign_plan
-    from fedward_common.plan import check_names, read_plan
+    from fedward_common.plan import check_names, read_any_plan
 
     signer = load_identity(identity)
-    content = read_plan(path)
+    content = read_any_plan(path)
     check_names(content)
     signed = sign_plan(content, _layout(content), signer, valid_days=valid_days)
     write_file(out, signed.to_bytes())
-    expires = signed.plan.expires
+    expires = signed.content.expires
     assert expires is not None
     document = {
         "file": str(out),
@@ -90,14 +92,15 @@ def sign(
     emit(document, as_json=as_json, show=show)
 
 
-def _layout(content: TrainingPlan) -> Layout:
+def _layout(content: TrainingPlan | ReadinessPlan) -> Layout:
     from fedward_common.models import layout_of
+    from fedward_common.plan import ReadinessPlan
 
-    return layout_of(content)
+    return () if isinstance(content, ReadinessPlan) else layout_of(content)
 
 
 def _show(
-    content: TrainingPlan,
+    content: TrainingPlan | ReadinessPlan,
     layout: Layout,
     signed: SignedPlan | None,
     *,
@@ -119,11 +122,7 @@ def _show(
         ("plan", content.name),
         ("description", content.description or "-"),
         ("task", f"{content.task.name}: {', '.join(content.task.labels)}"),
-        ("model", f"{content.model.name}, {parameters:,} parameters"),
-        ("update", f"{num_bytes(layout) / 1e6:,.2f} MB a site and round"),
-        ("training", _training(content)),
-        ("rounds", f"{content.rounds}, quorum {content.participation.quorum} sites"),
-        ("strategy", content.strategy.name),
+        *_asks(content, parameters, num_bytes(layout)),
         ("privacy", f"no number from fewer than {content.privacy.min_cases} cases"),
         ("signature", _signature(signed, checked=signature_checked)),
     ]
@@ -134,6 +133,25 @@ def _show(
             say(f"Digest that sites approve:\n  {signed.digest}")
 
     emit(document, as_json=as_json, show=show)
+
+
+def _asks(content: TrainingPlan | ReadinessPlan, parameters: int, update: int) -> list[tuple[str, str]]:
+    """What is particular to the plan's kind."""
+    from fedward_common.plan import TrainingPlan
+    from fedward_common.readiness_state import survey_tables
+
+    if not isinstance(content, TrainingPlan):
+        return [
+            ("survey", f"cases by {', '.join(survey_tables(content))}; pixels by intensity"),
+            ("rounds", f"none: one question, quorum {content.participation.quorum} sites"),
+        ]
+    return [
+        ("model", f"{content.model.name}, {parameters:,} parameters"),
+        ("update", f"{update / 1e6:,.2f} MB a site and round"),
+        ("training", _training(content)),
+        ("rounds", f"{content.rounds}, quorum {content.participation.quorum} sites"),
+        ("strategy", content.strategy.name),
+    ]
 
 
 def _training(content: TrainingPlan) -> str:

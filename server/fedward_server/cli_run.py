@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedward_common.console import confirm, emit, plain, say, table
-from fedward_common.errors import ConnectionLostError, PayloadError, RunFailedError
+from fedward_common.errors import ConnectionLostError, RunFailedError
 from fedward_server.console import read_file, show_result, write_file
 
 if TYPE_CHECKING:
-    from fedward_common.evaluation.report import RunReport
     from fedward_server.control_client import ControlClient
     from fedward_server.run_records import RunInfo
 
@@ -137,11 +136,11 @@ def report(
     """Show a run's report as a table; with --out, write it as an HTML page; with --json, print all of it."""
     with _client(identity) as client:
         document = client.report(run_id)
-    parsed = _parsed(document)
-    if out is not None:
-        from fedward_common.evaluation.report import render_html
+    from fedward_server.reports import page_of, parse_report
 
-        write_file(out, render_html(parsed).encode())
+    parsed = parse_report(document)
+    if out is not None:
+        write_file(out, page_of(parsed).encode())
 
     def show() -> None:
         reason = f", {plain(parsed.reason)}" if parsed.reason else ""
@@ -172,22 +171,9 @@ def _client(identity: Path) -> ControlClient:
     return ControlClient(load_identity(identity))
 
 
-def _parsed(document: bytes) -> RunReport:
-    from pydantic import ValidationError
-
-    from fedward_common.evaluation.report import RunReport
-
-    try:
-        return RunReport.model_validate_json(document)
-    except ValidationError as error:
-        raise PayloadError(
-            "the server's report has another form than this version knows",
-            remedy="Install the same version of fedward on both sides.",
-        ) from error
-
-
 def _follow(client: ControlClient, run_id: str, *, as_json: bool) -> None:
     """Show a run until it ends, and make its end the command's."""
+    from fedward_server.reports import expect_go, parse_report
     from fedward_server.watch import watch
 
     _, content = client.describe(run_id)
@@ -206,9 +192,11 @@ def _follow(client: ControlClient, run_id: str, *, as_json: bool) -> None:
             f"run {run_id} {status} after round {info.rounds_done} of {info.rounds_total}: {info.reason}",
             remedy=f"When the cause is removed: fedward run resume {run_id}",
         )
+    report = parse_report(client.report(run_id))
     if not as_json:
-        show_result(_parsed(client.report(run_id)))
+        show_result(report)
         say(f"Report as a page: fedward run report {run_id} --out report.html")
+    expect_go(report)
 
 
 def _compact(info: RunInfo) -> str:

@@ -13,18 +13,22 @@ from fedward_common.errors import UsageError
 
 if TYPE_CHECKING:
     from fedward_common.evaluation.report import RunReport
+    from fedward_server.readiness_report import ReadinessReport
 
 __all__ = ["complain", "confirm", "emit", "plain", "read_file", "say", "show_result", "table", "write_file"]
 
 
-def show_result(report: RunReport) -> None:
+def show_result(report: RunReport | ReadinessReport) -> None:
     """Print a run's result between empty lines: a row a site and one for all, and what the columns hold."""
-    from fedward_common.evaluation.report import render_terminal_table, terminal_notes
+    from fedward_common.evaluation import report as training
+    from fedward_server import readiness_reporting as readiness
 
-    columns, *rows = render_terminal_table(report)
+    if isinstance(report, training.RunReport):
+        (columns, *rows), notes = training.render_terminal_table(report), training.terminal_notes(report)
+    else:
+        (columns, *rows), notes = readiness.terminal_rows(report), readiness.terminal_notes(report)
     say()
     table(columns, rows)
-    notes = terminal_notes(report)
     for line in ("", *notes, *([""] if notes else [])):
         say(line)
 

@@ -173,7 +173,7 @@ class _Service(control_pb2_grpc.ControlServicer):
 
 def _description(store: RunStore, run_id: str) -> bytes:
     info = store.run(run_id)
-    plan = parse_signed_plan(store.signed_plan(run_id)).plan
+    plan = parse_signed_plan(store.signed_plan(run_id)).content
     document = {"run": info.model_dump(mode="json"), "plan": plan.model_dump(mode="json")}
     return json.dumps(document, separators=(",", ":")).encode()
 

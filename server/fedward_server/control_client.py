@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedward_common.errors import ConnectionLostError, FederationError, IdentityError, PlanError
 from fedward_common.federation import split_address
 from fedward_common.identity import Identity, read_private
-from fedward_common.plan import TrainingPlan
+from fedward_common.plan import ReadinessPlan, TrainingPlan, parse_any_plan
 from fedward_server import control_pb2, control_pb2_grpc
 from fedward_server.control_gate import ERROR_KEY
 from fedward_server.run_records import Event, RunInfo, SiteStatus
@@ -81,10 +81,10 @@ class ControlClient:
         listing = json.loads(self._call(self._stub.List, control_pb2.ListRequest()))
         return [RunInfo.model_validate(document) for document in listing]
 
-    def describe(self, run_id: str) -> tuple[RunInfo, TrainingPlan]:
+    def describe(self, run_id: str) -> tuple[RunInfo, TrainingPlan | ReadinessPlan]:
         """One run and its plan."""
         document = json.loads(self._call(self._stub.Describe, control_pb2.RunRequest(run_id=run_id)))
-        return RunInfo.model_validate(document["run"]), TrainingPlan.model_validate(document["plan"])
+        return RunInfo.model_validate(document["run"]), parse_any_plan(document["plan"])
 
     def stop(self, run_id: str) -> RunInfo:
         """Ask a run to stop; it may take a moment until its status says so."""

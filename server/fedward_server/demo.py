@@ -161,8 +161,8 @@ class _Place:
 
         with ControlClient(load_identity(self._coordinator)) as client:
             run = client.launch(signed.read_bytes())
-            _, plan = client.describe(run.run_id)
-            watch(client.watch(run.run_id), plan=plan, json_lines=json_lines)
+            _, content = client.describe(run.run_id)
+            watch(client.watch(run.run_id), plan=content, json_lines=json_lines)
             report = RunReport.model_validate_json(client.report(run.run_id))
         provenance = report.provenance.model_copy(update={"data": self.images.kind})
         report = report.model_copy(update={"provenance": provenance})

@@ -28,6 +28,7 @@ _MESSAGE_TYPES: dict[Action, str] = {
     "train": MessageType.TRAIN,
     "evaluate": MessageType.EVALUATE,
     "baseline": MessageType.EVALUATE,
+    "survey": MessageType.QUERY,
 }
 _PAUSE_S = 0.05
 
@@ -179,4 +180,4 @@ class Fleet:
 
     @property
     def _largest_payload(self) -> int:
-        return max(weights.num_bytes(self._signed.body.layout), state_bytes(self._signed.plan))
+        return max(weights.num_bytes(self._signed.body.layout), state_bytes(self._signed.content))

@@ -25,6 +25,7 @@ class SiteProgress:
     state: SiteState = "unknown"
     code: int = 0
     num_cases: int | None = None
+    num_quarantined: int | None = None
     loss: float | None = None
     auroc: float | None = None
     seconds: float | None = None
@@ -49,6 +50,7 @@ class Progress:
         rounds_total: rounds in the plan.
         rounds_after: the work after the last round, as a number of rounds: final test and comparison.
         mark: when the current round, or what follows the last one, began.
+        decision: of a survey, "go" or "no-go"; empty before and otherwise.
     """
 
     rounds_total: int
@@ -64,6 +66,7 @@ class Progress:
     rounds: tuple[RoundProgress, ...] = ()
     test_auroc: float | None = None
     selected_round: int | None = None
+    decision: str = ""
 
     def elapsed_s(self, now: datetime) -> float:
         """Seconds since the first event; up to the last one once the run has ended."""
@@ -114,6 +117,7 @@ def _site_update(progress: Progress, fields: Mapping[str, Any], _: datetime) -> 
         state="contributed",
         code=0,
         num_cases=fields["num_cases"],
+        num_quarantined=fields.get("num_quarantined"),
         loss=fields["loss"],
         seconds=fields["seconds"],
     )
@@ -150,6 +154,15 @@ def _round_committed(progress: Progress, fields: Mapping[str, Any], at: datetime
     return _on_round(replace(progress, committed=index, mark=at), index, seconds=float(fields["seconds"]))
 
 
+def _site_surveyed(progress: Progress, fields: Mapping[str, Any], _: datetime) -> Progress:
+    site = SiteProgress("contributed", num_cases=fields["num_cases"], seconds=fields["seconds"])
+    return replace(progress, sites={**progress.sites, fields["site"]: site})
+
+
+def _judged(progress: Progress, fields: Mapping[str, Any], _: datetime) -> Progress:
+    return replace(progress, decision=str(fields["decision"]))
+
+
 def _finished(progress: Progress, fields: Mapping[str, Any], _: datetime) -> Progress:
     return replace(
         progress,
@@ -175,5 +188,7 @@ _STEPS: dict[str, Callable[[Progress, Mapping[str, Any], datetime], Progress]] =
     "aggregated": _aggregated,
     "evaluated": _evaluated,
     "round_committed": _round_committed,
+    "site_surveyed": _site_surveyed,
+    "judged": _judged,
     "finished": _finished,
 }

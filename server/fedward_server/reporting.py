@@ -12,27 +12,37 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from fedward_common.files import write_atomically
-from fedward_common.plan import parse_signed_plan
+from fedward_common.plan import SignedPlan, parse_signed_plan
 from fedward_server.run_records import Event, RoundRecord, RunInfo
 from fedward_server.runs import RunStore
 
 if TYPE_CHECKING:
-    from fedward_common.evaluation.report import AbsentSite, RoundReport, RunReport, SiteRound
+    from fedward_common.evaluation.report import (
+        AbsentSite,
+        Provenance,
+        RoundReport,
+        RunReport,
+        SiteRound,
+    )
     from fedward_common.evaluation.summary import MetricSummary
     from fedward_server.rounds import Measurement, RunOutcome
+    from fedward_server.survey import SurveyOutcome
 
 _PACKAGES = ("fedward", "flwr", "torch", "monai", "pydicom", "numpy", "cryptography", "scikit-learn")
 
 
-def result_document(outcome: RunOutcome) -> dict[str, JsonValue]:
-    """What the run store keeps of an outcome; read back by `build_report`."""
-    return {
+def result_document(outcome: RunOutcome | SurveyOutcome) -> dict[str, JsonValue]:
+    """What the run store keeps of an outcome; read back by `reports.build_any_report`."""
+    from fedward_server.survey import SurveyOutcome
+
+    origin: dict[str, JsonValue] = {"versions": dict(_versions()), "machine": _machine()}
+    if isinstance(outcome, SurveyOutcome):
+        return outcome.document() | origin
+    return origin | {
         "selected_round": outcome.selected_round,
         "initial_digest": outcome.initial_digest,
         "test": _measurement(outcome.test),
         "local": {name: _dump(summary) for name, summary in outcome.local.items()},
-        "versions": dict(_versions()),
-        "machine": _machine(),
     }
 
 
@@ -60,7 +70,7 @@ def build_report(store: RunStore, run_id: str, *, data_note: str = "", federatio
     Raises:
         UsageError: there is no such run.
     """
-    from fedward_common.evaluation.report import Provenance, RunReport
+    from fedward_common.evaluation.report import RunReport
 
     info, events = store.run(run_id), store.events(run_id)
     signed = parse_signed_plan(store.signed_plan(run_id))
@@ -86,16 +96,26 @@ def build_report(store: RunStore, run_id: str, *, data_note: str = "", federatio
         test=_load(test.get("global")),
         test_sites={name: _load(document) for name, document in test.get("sites", {}).items()},
         local_sites={name: _load(document) for name, document in result.get("local", {}).items()},
-        provenance=Provenance(
-            federation=federation,
-            signer=signed.signer,
-            data=data_note,
-            initial_weights_digest=str(result.get("initial_digest", "")),
-            model_file="" if selected is None else selected.checkpoint_file,
-            model_sha256="" if selected is None else selected.checkpoint_sha256,
-            versions=result.get("versions") or _versions(),
-            machine=str(result.get("machine") or _machine()),
+        provenance=provenance(signed, result, data_note=data_note, federation=federation).model_copy(
+            update={
+                "initial_weights_digest": str(result.get("initial_digest", "")),
+                "model_file": "" if selected is None else selected.checkpoint_file,
+                "model_sha256": "" if selected is None else selected.checkpoint_sha256,
+            }
         ),
+    )
+
+
+def provenance(signed: SignedPlan, result: dict[str, Any], *, data_note: str, federation: str) -> Provenance:
+    """Where a result comes from: federation, signer, images, versions and machine."""
+    from fedward_common.evaluation.report import Provenance
+
+    return Provenance(
+        federation=federation,
+        signer=signed.signer,
+        data=data_note,
+        versions=result.get("versions") or _versions(),
+        machine=str(result.get("machine") or _machine()),
     )
 
 

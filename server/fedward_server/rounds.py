@@ -25,10 +25,10 @@ from fedward_common.plan import SignedPlan, TrainingPlan
 from fedward_common.registry import STRATEGIES
 from fedward_common.weights import Weights
 from fedward_server.admission import Answer
-from fedward_server.fleet import Fleet, Question, RunStoppedError
+from fedward_server.fleet import Fleet, Question
+from fedward_server.gathering import gather, no_quorum, pause
 from fedward_server.runs import RoundRecord, SiteRecord
 
-_APPROVAL_PAUSE_S = 1.0
 StrategyState = dict[str, NDArray[Any]]
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class RoundLoop:
             RunStoppedError: somebody stopped the run.
         """
         model = start
-        self._gather()
+        gather(self._fleet, self._plan.participation, self._recorder.event)
         if model.round_index == 0 and self._plan.evaluation.initial:
             self._measure(model, 0, "validation")
         while model.round_index < self._plan.rounds:
@@ -106,29 +106,6 @@ class RoundLoop:
             self._recorder.commit(model, record, keep=self._selected(history))
             self._recorder.event("round_committed", {"round": record.round_index, "seconds": record.seconds})
         return self._finish(model, initial, history)
-
-    def _gather(self) -> None:
-        """Wait until every site of the roster is ready, or the plan's patience ends with a quorum."""
-        until = time.monotonic() + self._plan.participation.gather_s
-        ready: set[str] = set()
-        told: tuple[list[str], dict[str, int]] | None = None
-        while True:
-            missing = [site for site in self._fleet.roster if site not in ready]
-            question = Question("prepare", 0, None, max(1.0, until - time.monotonic()))
-            waiting: dict[str, int] = {}
-            for answer in self._fleet.ask(missing, question):
-                if answer.ok:
-                    ready.add(answer.site)
-                else:
-                    waiting[answer.site] = int(answer.code)
-            if (now := (sorted(ready), waiting)) != told:
-                told = now
-                self._recorder.event("sites", {"ready": now[0], "waiting": waiting})
-            if not waiting or time.monotonic() >= until:
-                break
-            self._pause(_APPROVAL_PAUSE_S)
-        if len(ready) < self._plan.participation.quorum:
-            raise self._no_quorum("the run could not start", len(ready), waiting)
 
     def _round(self, model: GlobalModel) -> tuple[GlobalModel, RoundRecord]:
         started, clock = datetime.now(UTC), time.monotonic()
@@ -251,6 +228,7 @@ class RoundLoop:
                 "round": index,
                 "site": answer.site,
                 "num_cases": answer.numbers.num_cases,
+                "num_quarantined": answer.numbers.num_quarantined,
                 "loss": answer.numbers.mean_loss,
                 "seconds": seconds,
             }
@@ -266,19 +244,11 @@ class RoundLoop:
             if time.monotonic() >= until:
                 absent = {s: int(RefusalCode.SITE_OFFLINE) for s in self._fleet.roster if s not in online}
                 raise self._no_quorum(f"round {index} could not begin", len(online), absent)
-            self._pause(0.5)
+            pause(self._fleet, 0.5)
         return online
 
-    def _pause(self, seconds: float) -> None:
-        if self._fleet.stopping(seconds):
-            raise RunStoppedError
-
     def _no_quorum(self, what: str, num_sites: int, absent: Mapping[str, int]) -> RunFailedError:
-        named = "; ".join(f"{site}: {RefusalCode(code).meaning}" for site, code in sorted(absent.items()))
-        return RunFailedError(
-            f"{what}: {num_sites} of at least {self._plan.participation.quorum} sites ({named})",
-            remedy="Bring the named sites back, then: fedward run resume RUN",
-        )
+        return no_quorum(what, num_sites, self._plan.participation.quorum, absent)
 
 
 def first_model(signed: SignedPlan, initial: Weights) -> GlobalModel:
@@ -294,6 +264,7 @@ def _site_record(answer: Answer, seconds: float, bytes_down: int) -> SiteRecord:
         status="contributed" if answer.ok else "missing" if unreached else "refused",
         code=int(answer.code),
         num_cases=answer.numbers.num_cases or 0,
+        num_quarantined=answer.numbers.num_quarantined,
         loss=answer.numbers.mean_loss,
         seconds=seconds,
         bytes_up=answer.payload_bytes,

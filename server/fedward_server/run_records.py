@@ -24,6 +24,8 @@ EventKind = Literal[
     "aggregated",
     "evaluated",
     "round_committed",
+    "site_surveyed",
+    "judged",
     "finished",
 ]
 
@@ -42,12 +44,17 @@ class Event(_Record):
 
 
 class SiteRecord(_Record):
-    """What one site did in one round; `code` is a RefusalCode, `seconds` the site's own time."""
+    """What one site did in one round; `code` is a RefusalCode, `seconds` the site's own time.
+
+    Attributes:
+        num_quarantined: studies of which the site refuses something; None below its smallest count.
+    """
 
     site: str
     status: Literal["contributed", "refused", "missing"]
     code: int = 0
     num_cases: int = Field(default=0, ge=0)
+    num_quarantined: int | None = Field(default=None, ge=0)
     loss: float | None = None
     seconds: float = Field(default=0, ge=0)
     bytes_up: int = Field(default=0, ge=0)

@@ -82,19 +82,20 @@ def execute(assignment: dict[str, Any], stop: threading.Event) -> None:
         store.close()
 
 
-def _run(assignment: dict[str, Any], home: ServerHome, store: RunStore, stop: threading.Event) -> int:
+def _run(assignment: dict[str, Any], home: ServerHome, store: RunStore, stop: threading.Event) -> int | None:
     from flwr.app import Context, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
 
     from fedward_server.app import RunContext, server_app
     from fedward_server.reporting import result_document
     from fedward_server.rounds import RunOutcome
+    from fedward_server.survey import SurveyOutcome
 
     run_id = assignment["run_id"]
     signed = parse_signed_plan(store.signed_plan(run_id))
     federation = read_federation(home.federation)
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = assignment["flower_run_id"], 1, 1
-    outcomes: list[RunOutcome] = []
+    outcomes: list[RunOutcome | SurveyOutcome] = []
     context = RunContext(
         run_id=run_id,
         signed=signed,
@@ -105,11 +106,11 @@ def _run(assignment: dict[str, Any], home: ServerHome, store: RunStore, stop: th
         stop=stop,
         resume=bool(assignment["resume"]),
     )
-    with _connected(assignment, max(num_bytes(signed.body.layout), state_bytes(signed.plan))) as grid:
+    with _connected(assignment, max(num_bytes(signed.body.layout), state_bytes(signed.content))) as grid:
         app = server_app(context, outcomes.append)
         app(grid, Context(assignment["flower_run_id"], 1, {}, RecordDict(), {}))
     store.set_result(run_id, result_document(outcomes[0]))
-    return outcomes[0].selected_round
+    return outcomes[0].selected_round if isinstance(outcomes[0], RunOutcome) else None
 
 
 def _initial(signed: Any) -> Weights:

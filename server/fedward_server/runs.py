@@ -119,7 +119,7 @@ class RunStore:
             connection.execute(
                 "INSERT INTO runs (run_id, name, plan_digest, plan, status, created_at, rounds_total)"
                 " VALUES (?, ?, ?, ?, 'waiting', ?, ?)",
-                (run_id, name, digest, signed_plan, self._clock(), signed.plan.rounds),
+                (run_id, name, digest, signed_plan, self._clock(), signed.content.rounds),
             )
             self._insert_event(run_id, "status", {"status": "waiting", "reason": ""})
         return self.run(run_id)

@@ -30,7 +30,7 @@ def serve(directory: Path, *, host: str, port: int, control_port: int, ready: Ca
     """
     from fedward_server.control import ControlServer
     from fedward_server.link import Link
-    from fedward_server.reporting import build_report
+    from fedward_server.reports import build_any_report
     from fedward_server.supervisor import RunSupervisor
 
     logs.configure()
@@ -50,7 +50,7 @@ def serve(directory: Path, *, host: str, port: int, control_port: int, ready: Ca
         host=host,
         port=control_port,
         report=lambda store, run_id: (
-            build_report(store, run_id, federation=federation).model_dump_json().encode()
+            build_any_report(store, run_id, federation=federation).model_dump_json().encode()
         ),
     )
     control.start()

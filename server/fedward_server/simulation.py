@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedward_common.console import complain, say
 from fedward_common.errors import FederationError, PlanError, RunFailedError, UsageError
 from fedward_common.home_lock import lock_home
-from fedward_common.plan import PlanBody, SignedPlan, TrainingPlan, canonical_bytes, check_names
+from fedward_common.plan import (
+    PlanBody,
+    ReadinessPlan,
+    SignedPlan,
+    TrainingPlan,
+    canonical_bytes,
+    check_names,
+)
 from fedward_common.weights import Layout, unpack
 
 if TYPE_CHECKING:
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
     from fedward_server.simulated_failures import Failures
 
 Engine = Literal["local", "ray"]
+Plan = TrainingPlan | ReadinessPlan
 _DEADLINE_S = 86400.0
 
 
@@ -53,7 +61,7 @@ class SimulationSettings:
 
 
 def simulate(
-    plan: TrainingPlan,
+    plan: Plan,
     *,
     num_sites: int,
     data: Path | None,
@@ -64,7 +72,7 @@ def simulate(
     engine: Engine = "local",
     json_lines: bool = False,
 ) -> RunStatus:
-    """Run a plan with `num_sites` sites on this machine; show its events and result; write `report.html`.
+    """Run a plan with `num_sites` sites on this machine; show its events and result; write its report.
 
     Args:
         plan: an unsigned plan.
@@ -81,6 +89,7 @@ def simulate(
         UsageError: another simulation writes to `out`, the images cannot be used, or the engine is not
             installed.
         PlanError: the plan needs more sites than there are, or names something unknown here.
+        NotReadyError: the plan is a readiness plan, and the sites are not ready.
     """
     _check_quorum(plan, num_sites)
     _check_engine(engine)  # before anything is made
@@ -106,12 +115,12 @@ def _check_engine(engine: Engine) -> None:
 
 
 def _run_and_report(
-    simulation: Simulation, plan: TrainingPlan, settings: SimulationSettings, kind: str, json_lines: bool
+    simulation: Simulation, plan: Plan, settings: SimulationSettings, kind: str, json_lines: bool
 ) -> RunStatus:
     """Show a run while it goes and its result at the end, unless only events are wanted; its status."""
     from fedward_server.console import show_result
     from fedward_server.following import follow
-    from fedward_server.reporting import write_report
+    from fedward_server.reports import expect_go, write_any_report
     from fedward_server.simulated_failures import tell_failures
     from fedward_server.watch import watch
 
@@ -120,14 +129,16 @@ def _run_and_report(
     try:
         events = follow(run.store, run.run_id, stop=threading.Event(), poll_s=0.05)
         told = tell_failures(events, failures, as_json=json_lines)
-        status = watch(told, plan=run.signed.plan, json_lines=json_lines)
+        status = watch(told, plan=run.signed.content, json_lines=json_lines)
         run.join()
-        report = write_report(run.store, run.run_id, settings.out, data_note=kind)
+        report, page = write_any_report(run.store, run.run_id, settings.out, data_note=kind)
     finally:
         run.stop.set()  # of no effect after the end; after Ctrl-C, the sites that wait are not begun
     if not json_lines:
         show_result(report)
-        say(f"Report: {settings.out / 'report.html'}")
+        say(f"Report: {page}")
+    if status == "completed":
+        expect_go(report)
     return status
 
 
@@ -144,14 +155,13 @@ def _only_simulation(out: Path) -> int:
     )
 
 
-def _folders(
-    plan: TrainingPlan, num_sites: int, data: Path | None, out: Path
-) -> tuple[str, Mapping[str, Path]]:
+def _folders(plan: Plan, num_sites: int, data: Path | None, out: Path) -> tuple[str, Mapping[str, Path]]:
     """What the images are, in a phrase, and each site's folder."""
     from fedward_server.site_folders import prepare_folders, site_names
 
     if plan.data.dataset == "dicom_folder":
-        prepared = prepare_folders(data, out / "sites", site_names(num_sites), seed=plan.seed)
+        seed = plan.seed if isinstance(plan, TrainingPlan) else plan.data.split_seed
+        prepared = prepare_folders(data, out / "sites", site_names(num_sites), seed=seed)
         return prepared.kind, prepared.folders
     return f"dataset {plan.data.dataset}", {name: out / "sites" / name for name in site_names(num_sites)}
 
@@ -187,12 +197,12 @@ class Simulation:
         if self._grid is not None:
             self._grid.close()
 
-    def failures(self, plan: TrainingPlan, settings: SimulationSettings) -> Failures:
+    def failures(self, plan: Plan, settings: SimulationSettings) -> Failures:
         """What will have failed at which site from now on, as the sites write it down."""
         found: Failures = self._sites.failures(settings.folders, plan)
         return found
 
-    def launch(self, plan: TrainingPlan, settings: SimulationSettings) -> SimulatedRun:
+    def launch(self, plan: Plan, settings: SimulationSettings) -> SimulatedRun:
         """Start the run in a thread; its events appear in the run's record.
 
         Raises:
@@ -200,14 +210,25 @@ class Simulation:
         """
         _check_quorum(plan, len(settings.folders))
         self._grid, keys = self._connect(settings)
-        try:
-            layout, payload = self._sites.untrained(plan)
-        except FederationError:
-            check_names(plan)  # says in words what the worker says with a number
-            raise
+        layout, payload = self._untrained(plan)
         if settings.engine == "ray":
             self._sites.close()
         return SimulatedRun(self._grid, keys, _signed(plan, layout), unpack(payload, layout), settings)
+
+    def _untrained(self, plan: Plan) -> tuple[Layout, bytes]:
+        """Layout and packed weights of the untrained model; nothing for a plan without a model."""
+        if isinstance(plan, ReadinessPlan):
+            check_names(plan)
+            return (), b""
+        try:
+            layout, payload = self._sites.untrained(plan)
+        except FederationError:
+            from fedward_common.models import layout_of
+
+            check_names(plan)  # these say in words what the worker says with a number
+            layout_of(plan)
+            raise
+        return layout, payload
 
     def _connect(self, settings: SimulationSettings) -> tuple[Any, dict[str, str]]:
         """Flower's grid with every site behind it, and the key with which each of them signs."""
@@ -245,7 +266,7 @@ class SimulatedRun:
         self._settings = settings
         settings.out.mkdir(parents=True, exist_ok=True)
         self.store = RunStore(settings.out / "runs.db")
-        self.store.create(self.run_id, signed.to_bytes(), signed.digest, signed.plan.name)
+        self.store.create(self.run_id, signed.to_bytes(), signed.digest, signed.content.name)
         self.stop = threading.Event()
         self._grid, self._keys = grid, keys
         self._initial = initial
@@ -259,13 +280,15 @@ class SimulatedRun:
     def _run(self) -> None:
         from fedward_server.fleet import RunStoppedError
         from fedward_server.reporting import result_document
+        from fedward_server.rounds import RunOutcome
 
         try:
             self.store.set_status(self.run_id, "running")
             self.store.add_event(self.run_id, "status", {"status": "running", "reason": ""})
             outcome = self._execute()
             self.store.set_result(self.run_id, result_document(outcome))
-            self.store.finish(self.run_id, "completed", "", outcome.selected_round)
+            chosen = outcome.selected_round if isinstance(outcome, RunOutcome) else None
+            self.store.finish(self.run_id, "completed", "", chosen)
         except RunStoppedError:
             self.store.finish(self.run_id, "stopped", "stopped")
         except (RunFailedError, PlanError) as error:  # they name sites and keys of the plan, nothing else
@@ -301,7 +324,7 @@ class SimulatedRun:
         return outcomes[0]
 
 
-def _check_quorum(plan: TrainingPlan, num_sites: int) -> None:
+def _check_quorum(plan: Plan, num_sites: int) -> None:
     if plan.participation.quorum > num_sites:
         raise PlanError(
             f"the plan's quorum is {plan.participation.quorum}, there are {num_sites} sites",
@@ -309,14 +332,14 @@ def _check_quorum(plan: TrainingPlan, num_sites: int) -> None:
         )
 
 
-def _signed(plan: TrainingPlan, layout: Layout) -> SignedPlan:
+def _signed(plan: Plan, layout: Layout) -> SignedPlan:
     """Give the plan the form of a signed one; in a simulation nobody checks who signed."""
     expires = plan.expires or datetime.now(UTC) + timedelta(seconds=_DEADLINE_S)
     document = plan.model_copy(
         update={"expires": expires, "federation_id": plan.federation_id or "simulation"}
     )
     body = PlanBody(
-        plan=TrainingPlan.model_validate(document.model_dump()),
+        plan=type(plan).model_validate(document.model_dump()),
         layout=layout,
         nonce=secrets.token_hex(16),
         signed_at=datetime.now(UTC),

@@ -19,6 +19,7 @@ from fedward_common.errors import UsageError
 from fedward_common.files import write_atomically
 
 _DONE = "written.json"
+_COHORT = "cohort.toml"
 _NAME = r"[a-z0-9][a-z0-9_.-]{0,62}"  # as in a plan or a certificate
 
 
@@ -113,11 +114,17 @@ def _linked(given: Path, folder: Path) -> Path:
     """Make a folder that shows the given images; what the site itself writes stays out of theirs."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("dicom", "labels.csv"):
-        link = folder / name
-        if link.exists() and not link.is_symlink():
-            raise UsageError(
-                f"{folder} holds images of an earlier simulation", remedy="Give another folder with --out."
-            )
-        link.unlink(missing_ok=True)
-        link.symlink_to((given / name).resolve())
+        _link(folder / name, given / name)
+    (folder / "home").mkdir(mode=0o700, exist_ok=True)
+    _link(folder / "home" / _COHORT, given / _COHORT)
     return folder
+
+
+def _link(link: Path, target: Path) -> None:
+    if link.exists() and not link.is_symlink():
+        raise UsageError(
+            f"{link.parent} holds images of an earlier simulation", remedy="Give another folder with --out."
+        )
+    link.unlink(missing_ok=True)
+    if target.name != _COHORT or target.is_file():  # without one, radiographs with labels from the CSV file
+        link.symlink_to(target.resolve())

@@ -122,9 +122,9 @@ class RunSupervisor:
             self._check_room()
             self._reserve.hold()
             self._check_unused(signed.digest)
-            run_id = f"{signed.plan.name}-{secrets.token_hex(4)}"
+            run_id = f"{signed.content.name}-{secrets.token_hex(4)}"
             self._audit.append("run_started", run_id=run_id, plan=signed.digest, peer=by)
-            self.store.create(run_id, signed_plan, signed.digest, signed.plan.name)
+            self.store.create(run_id, signed_plan, signed.digest, signed.content.name)
             self._launch(run_id, resume=False)
         return run_id
 
@@ -208,7 +208,8 @@ class RunSupervisor:
 
     def _check_unused(self, digest: str) -> None:
         for info in self.store.runs():
-            if info.plan_digest == digest and (info.rounds_done or info.run_id in self._going):
+            used = info.rounds_done or info.status == "completed" or info.run_id in self._going
+            if info.plan_digest == digest and used:
                 raise UsageError(
                     f"this signed plan was already used by run {info.run_id} ({info.status})",
                     remedy=f"Continue it with: fedward run resume {info.run_id} - or sign the plan again.",

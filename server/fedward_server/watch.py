@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fedward_common.console import plain
 from fedward_common.errors import RefusalCode
-from fedward_common.plan import TrainingPlan
+from fedward_common.plan import ReadinessPlan, TrainingPlan
 from fedward_server.progress import Progress, RoundProgress, SiteProgress, apply
 from fedward_server.run_records import Event, RunStatus
 
@@ -42,7 +42,7 @@ def _utc_now() -> datetime:
 def watch(
     events: Iterable[Event],
     *,
-    plan: TrainingPlan,
+    plan: TrainingPlan | ReadinessPlan,
     json_lines: bool,
     console: Console | None = None,
     now: Callable[[], datetime] = _utc_now,
@@ -55,7 +55,8 @@ def watch(
         json_lines: write each event as one line of JSON and nothing else.
         console: where to show; standard output when not given.
     """
-    rounds_after = 1.0 + (plan.rounds if plan.evaluation.compare_local else 0)
+    trains_alone = isinstance(plan, TrainingPlan) and plan.evaluation.compare_local
+    rounds_after = 1.0 + (plan.rounds if trains_alone else 0)
     progress = Progress(rounds_total=plan.rounds, rounds_after=rounds_after)
     if json_lines:
         for event in events:
@@ -74,7 +75,7 @@ def watch(
 
 def _watch_live(
     events: Iterable[Event],
-    plan: TrainingPlan,
+    plan: TrainingPlan | ReadinessPlan,
     progress: Progress,
     console: Console,
     now: Callable[[], datetime],
@@ -104,13 +105,16 @@ def _headline(name: str, progress: Progress, now: datetime) -> Text:
     line = Text(plain(name), style="bold")
     line.append("  ")
     line.append(progress.status, style=_COLOURS.get(progress.status, "cyan"))
-    line.append(f"  round {progress.round_index}/{progress.rounds_total}", style="not bold")
+    if progress.rounds_total:  # a survey has none
+        line.append(f"  round {progress.round_index}/{progress.rounds_total}", style="not bold")
     line.append(f"  {_clock(progress.elapsed_s(now))} elapsed", style="not bold")
     left = progress.left_s(now)
     if left is not None:
         line.append(f", about {_clock(left)} left", style="not bold")
     if progress.test_auroc is not None:
         line.append(f"  test AUROC {progress.test_auroc:.3f}", style="bold green")
+    if progress.decision:
+        line.append(f"  {progress.decision}", style="bold green" if progress.decision == "go" else "bold red")
     if progress.reason:
         line.append(f"\n{plain(progress.reason)}", style=_COLOURS.get(progress.status, "default"))
     return line
@@ -175,8 +179,9 @@ def _tell_site(event: Event, progress: Progress, __: datetime) -> str:
     site = progress.sites[name]
     if site.state == "refused":
         return f"round {event.fields['round']}: {plain(name)} {_state(site)}"
+    refused = f", refuses {site.num_quarantined} studies" if site.num_quarantined else ""
     return (
-        f"round {event.fields['round']}: {plain(name)} contributed {site.num_cases} cases,"
+        f"round {event.fields['round']}: {plain(name)} contributed {site.num_cases} cases{refused},"
         f" loss {_figure(site.loss, 4)}, {_figure(site.seconds, 1)} s"
     )
 
@@ -203,6 +208,18 @@ def _tell_committed(event: Event, progress: Progress, now: datetime) -> str:
     return f"round {progress.committed}/{progress.rounds_total} committed after {done} s{ahead}"
 
 
+def _tell_surveyed(event: Event, progress: Progress, __: datetime) -> str:
+    name = str(event.fields["site"])
+    count = progress.sites[name].num_cases
+    told = "its counts held back" if count is None else f"{count:,} cases"
+    return f"survey: {plain(name)} answered, {told}"
+
+
+def _tell_judged(event: Event, progress: Progress, __: datetime) -> str:
+    reasons = event.fields["reasons"]
+    return f"{progress.decision}, {len(reasons) if isinstance(reasons, list) else 0} reasons"
+
+
 def _tell_finished(_: Event, progress: Progress, __: datetime) -> str:
     chosen = f", result: model of round {progress.selected_round}" if progress.selected_round else ""
     reason = f": {plain(progress.reason)}" if progress.reason else ""
@@ -218,6 +235,8 @@ _LINES: dict[str, Callable[[Event, Progress, datetime], str]] = {
     "aggregated": _tell_aggregated,
     "evaluated": _tell_evaluated,
     "round_committed": _tell_committed,
+    "site_surveyed": _tell_surveyed,
+    "judged": _tell_judged,
     "finished": _tell_finished,
 }
 

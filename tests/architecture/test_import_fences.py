@@ -19,7 +19,10 @@ SIDES_APART = {
 
 # Library -> modules that may import it; "package.*" allows a whole folder.
 FENCES: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("pydicom", "pynetdicom"): ("fedward_client.sources.*", "fedward_client.dicom.*"),
+    ("pydicom", "pynetdicom", "highdicom", "dicomweb_client", "requests", "dicomanonymizer"): (
+        "fedward_client.sources.*",
+        "fedward_client.dicom.*",
+    ),
     ("flwr",): (
         "fedward_common.protocol",
         "fedward_client.app",
@@ -66,7 +69,7 @@ BY_STRING = {
     "fedward_server.site_folders": "fedward_client.dicom.synthetic",
 }
 
-HEAVY = ("torch", "monai", "flwr", "sklearn", "pydicom", "ray")
+HEAVY = ("torch", "monai", "flwr", "sklearn", "pydicom", "pynetdicom", "dicomweb_client", "highdicom", "ray")
 
 
 def crossings(module: str, tree: ast.AST) -> list[str]:

@@ -7,6 +7,10 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +19,16 @@ import pytest
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian
 
 from fedward_client import index as indexing
-from fedward_client.cohort import count_cases, open_cohort
-from fedward_client.dicom.refusal import Reason
+from fedward_client.cohort import open_cohort
+from fedward_client.cohort_counts import count_cases
+from fedward_client.dicom.refusal import Reason, UnusableImageError
+from fedward_client.dicom.sandbox import SiteFile
 from fedward_client.index import index_folder, list_quarantine
 from fedward_client.index_store import INDEX_FILE, CaseIndex
 from fedward_client.site_data import SiteData
-from fedward_client.sources.folder import Content
-from fedward_client.sources.folder import read_content as read_from_folder
 from fedward_common.errors import CohortError
 from tests.builders import a_dataset, a_dicom, a_disk_of, a_site, a_uid, canary_elements, encode, write_labels
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Names of the files that the index reads, as it reads them."""
-    names: list[bytes] = []
-
-    def read_content(root: Path, name: bytes) -> Content:
-        names.append(name)
-        return read_from_folder(root, name)
-
-    monkeypatch.setattr(indexing, "read_content", read_content)
-    return names
-
+from tests.integration.deployment import alive, children, wait_for
 
 HOSTILE = {
     "empty.dcm": (b"", Reason.EMPTY),
@@ -92,24 +83,20 @@ def test_pydicoms_own_test_files_never_stop_the_index(
     assert not caplog.records
 
 
-def test_only_changed_files_are_read_again(tmp_path: Path, reads: list[bytes]) -> None:
+def test_only_changed_files_are_read_again(tmp_path: Path) -> None:
     site = a_site(tmp_path)
-    assert index_folder(site).num_read == len(reads) == 16
+    assert index_folder(site).num_read == 16
 
-    reads.clear()
     assert index_folder(site).num_read == 0
     (site.dicom / "2-1.dcm").write_bytes(a_dicom(PatientID="new"))
     os.utime(site.dicom / "3-0.dcm", ns=(1, 1))
     (site.dicom / "5-0.dcm").unlink()
     summary = index_folder(site)
 
-    assert reads == [b"2-1.dcm", b"3-0.dcm"]
     assert (summary.num_files, summary.num_read, summary.num_images) == (15, 2, 15)
 
 
-def test_an_interrupted_run_continues_where_it_was(
-    tmp_path: Path, reads: list[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexing, "_BATCH", 5)
     site = a_site(tmp_path)
 
@@ -120,11 +107,107 @@ def test_an_interrupted_run_continues_where_it_was(
 
     with pytest.raises(KeyboardInterrupt):
         index_folder(site, stop_at_ten)
-    assert len(reads) == 10
+    summary = index_folder(site)
+
+    assert (summary.num_read, summary.num_images) == (6, 16)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from fedward_client import index
+from fedward_client.site_data import SiteData
+index._BATCH = 20
+root = Path(sys.argv[1])
+site = SiteData(root / "home", root / "dicom", root / "labels.csv")
+index.index_folder(site, lambda done, total: print(done, flush=True), num_processes=2)
+"""
+
+
+def test_a_run_that_is_killed_continues_where_it_was_and_leaves_no_process(tmp_path: Path) -> None:
+    site = a_site(tmp_path, num_patients=200, images_per_patient=2)
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        done = next(number for number in map(int, process.stdout) if number >= 40)
+        readers = children(process.pid)
+        process.kill()
+    summary = index_folder(site)
+
+    assert 40 <= done <= 380
+    assert 0 < summary.num_read <= 400 - done
+    assert summary.num_images == 400
+    assert len(readers) == 2
+    wait_for(lambda: not any(map(alive, readers)), "the readers to end")
+
+
+def test_several_processes_find_what_one_finds(tmp_path: Path) -> None:
+    one, several = a_site(tmp_path / "1", num_patients=120), a_site(tmp_path / "2", num_patients=120)
+    for site in (one, several):
+        for name, (data, _) in HOSTILE.items():
+            (site.dicom / name).write_bytes(data)
+
+    assert index_folder(one, num_processes=1) == index_folder(several, num_processes=3)
+    assert list_quarantine(one.home) == list_quarantine(several.home)
+    assert open_cohort(one).of("train")[0].content == open_cohort(several).of("train")[0].content
+
+
+def test_nothing_is_read_and_no_process_started_when_nothing_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = a_site(tmp_path)
+    (site.dicom / "bad.dcm").write_bytes(HOSTILE["cut.dcm"][0])
+    first = index_folder(site)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(CaseIndex, "known_files", refuse)
+    monkeypatch.setattr("fedward_client.dicom.sandbox.DecodeSandbox", refuse)
+    again = index_folder(site)
+
+    assert again == replace(first, num_read=0)
+
+
+def test_a_file_that_takes_its_reader_down_is_quarantined_and_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = a_site(tmp_path)
+    (site.dicom / "evil.dcm").write_bytes(a_dicom(PatientID="evil"))
+    (site.dicom / "fast.dcm").write_bytes(b"")
+
+    def outcomes(_: object, files: Iterable[SiteFile], what: str) -> Iterator[object]:
+        assert what == "facts"
+        for file in files:
+            if file.name == b"fast.dcm":
+                (site.dicom / "fast.dcm").unlink()
+            yield UnusableImageError(Reason.OVER_LIMIT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedward_client.dicom.sandbox.DecodeSandbox.map", outcomes)
+        summary = index_folder(site)
+
+    assert (summary.num_read, summary.num_unreadable) == (18, 1)
+    assert summary.quarantined == {Reason.OVER_LIMIT: 17}
+    assert index_folder(site).num_read == 0
+
+
+def test_a_process_with_an_older_listing_cannot_make_images_vanish_unnoticed(tmp_path: Path) -> None:
+    site = a_site(tmp_path)
+    index_folder(site)
+    older = {path.name.encode() for path in site.dicom.iterdir()}
+    (site.dicom / "new.dcm").write_bytes(a_dicom(PatientID="new"))
     index_folder(site)
 
-    assert len(reads) == 16
-    assert len(set(reads)) == 16
+    with CaseIndex(site.home) as index:
+        index.settle(older, "older")
+    again = index_folder(site)
+    with CaseIndex(site.home) as index:
+        index.settle(older | {b"newer.dcm"}, "listing with a file that is not known")
+        assert index.setting("listing") == ""
+
+    assert (again.num_read, again.num_images) == (1, 17)
 
 
 def test_progress_counts_up_to_all_files(tmp_path: Path) -> None:
@@ -164,18 +247,16 @@ def test_a_file_that_vanishes_while_indexing_is_counted_and_tried_again(tmp_path
 
 
 def test_quarantine_is_judged_again_when_decoders_change(
-    tmp_path: Path, reads: list[bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = a_site(tmp_path)
     (site.dicom / "bad.dcm").write_bytes(HOSTILE["cut.dcm"][0])
     index_folder(site)
-    reads.clear()
 
     monkeypatch.setattr("fedward_client.dicom.decode.decoder_versions", lambda: ("newer",))
     summary = index_folder(site)
 
-    assert reads == [b"bad.dcm"]
-    assert (summary.num_images, summary.num_quarantined) == (16, 1)
+    assert (summary.num_read, summary.num_images, summary.num_quarantined) == (1, 16, 1)
 
 
 def test_an_empty_folder_leaves_the_index_as_it_was(tmp_path: Path) -> None:
@@ -255,7 +336,9 @@ def test_no_text_of_a_header_and_no_file_name_leaves_the_index(
 
     summary = index_folder(site)
     cohort = open_cohort(site)
-    outputs = [repr(summary), repr(list_quarantine(site.home)), repr(cohort), repr(count_cases(cohort))]
+    counts = count_cases(cohort)
+    assert "CNRY" in repr(counts.pop("scanner"))  # what the operator asks for: maker and model, no more
+    outputs = [repr(summary), repr(list_quarantine(site.home)), repr(cohort), repr(counts)]
     with CaseIndex(site.home) as index:
         outputs.append(repr(index.images()))
 

@@ -11,10 +11,13 @@ import pytest
 
 from fedward_client.config import SiteConfig, SiteHome, load_config
 from fedward_client.joining import join
+from fedward_client.sources.settings import DicomwebConfig
 from fedward_common.audit import AuditLog
 from fedward_common.errors import IdentityError, UsageError
 from fedward_common.identity import IDENTITY_FILES, load_identity
 from tests.federations import a_federation
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "site"
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +197,76 @@ def test_faulty_settings_are_refused_and_the_fault_named(
         load_config(home)
 
     assert fault in caught.value.message
+
+
+@pytest.mark.parametrize("example", ["dicomweb.toml", "dimse.toml"])
+def test_a_site_with_a_pacs_joins_with_its_settings(
+    kit: Path, data: tuple[Path, Path], tmp_path: Path, example: str
+) -> None:
+    home = SiteHome(tmp_path / "home")
+
+    config = join(kit, home.root, None, data[1], source=EXAMPLES / example)
+
+    example_site = SiteHome(tmp_path / "example")
+    example_site.root.mkdir()
+    example_site.config.write_bytes((EXAMPLES / example).read_bytes())
+    asked = load_config(example_site).images
+    assert config == load_config(home)
+    assert (config.name, config.dicom, config.labels) == ("north", None, data[1])
+    assert config.images.model_dump(exclude={"tls", "token_file"}) == asked.model_dump(
+        exclude={"tls", "token_file"}
+    )
+    written = tomllib.loads(home.config.read_text())["source"]
+    assert written["tls"]["key"] == "pacs-client.key"  # in the home, wherever that is moved
+    assert "timeout_s" not in written
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('name = "north"', "no table"),
+        ("[source", "not TOML"),
+        ('[source]\nkind = "ftp"', "source"),
+        ('source = "pacs"', "source"),
+        (None, "No such file"),
+    ],
+)
+def test_faulty_settings_of_a_pacs_are_refused_and_nothing_is_left(
+    kit: Path, data: tuple[Path, Path], tmp_path: Path, text: str | None, fault: str
+) -> None:
+    source = tmp_path / "pacs.toml"
+    if text is not None:
+        source.write_text(text)
+
+    with pytest.raises(UsageError, match=fault):
+        join(kit, tmp_path / "home", None, data[1], source=source)
+
+    assert not (tmp_path / "home").exists()
+
+
+def test_images_are_in_one_place(kit: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
+    for dicom, source in ((None, None), (data[0], EXAMPLES / "dimse.toml")):
+        with pytest.raises(UsageError, match="one way"):
+            join(kit, tmp_path / "home", dicom, data[1], source=source)
+
+
+def test_a_home_named_from_where_one_stands_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    home = SiteHome(Path("north"))
+    home.root.mkdir()
+    home.config.write_text(
+        'name = "north"\nserver = "h:1"\nlabels = "l.csv"\n[source]\nkind = "dicomweb"\n'
+        'url = "https://pacs.example/dicom-web"\ntoken_file = "token"\n'
+    )
+
+    config = load_config(home)
+
+    assert config.site_data(home.root).labels == tmp_path / "north" / "l.csv"
+    resolved = config.images.resolved(home.root)
+    assert isinstance(resolved, DicomwebConfig)
+    assert resolved.token_file == tmp_path / "north" / "token"
 
 
 def test_relative_folders_in_the_settings_are_taken_from_the_home(tmp_path: Path) -> None:

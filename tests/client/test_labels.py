@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import doctest
+from datetime import date, timedelta
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from fedward_client.labels import label_index, read_labels
+from fedward_client import contact_sheet, label_file, labels, longitudinal
+from fedward_client.dicom import nested, rtstruct
+from fedward_client.label_file import read_labels
+from fedward_client.labels import (
+    Concept,
+    LabelConfig,
+    LabelFile,
+    LabelKey,
+    LabelRow,
+    classify,
+    compact_date,
+    label_index,
+    measured_value,
+)
 from fedward_common.errors import CohortError
 
 CANARY = "CNRYNAME"
@@ -45,6 +63,63 @@ def test_other_key_columns_are_accepted_and_the_most_specific_one_counts(tmp_pat
     assert (
         read_labels(write(tmp_path, f"{column},SOPInstanceUID,label\na,b,1\n")).key_column == "SOPInstanceUID"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("SOPInstanceUID", "1.2"),
+        ("SeriesInstanceUID", "1.3"),
+        ("StudyInstanceUID", "1.4"),
+        ("AccessionNumber", "A1"),
+        ("PatientID", "P1"),
+        ("PatientID+StudyDate", "P1\\20200131"),
+    ],
+)
+def test_declared_key_counts_whatever_else_the_file_has(tmp_path: Path, key: LabelKey, expected: str) -> None:
+    header = "StudyDate,PatientID,label,AccessionNumber,StudyInstanceUID,SeriesInstanceUID,SOPInstanceUID"
+    path = write(tmp_path, f"{header}\n2020-01-31,P1,1,A1,1.4,1.3,1.2\n")
+
+    labels = read_labels(path, key)
+
+    assert labels.key_column == key
+    assert [row.key for row in labels.rows] == [expected]
+
+
+def test_declared_key_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CohortError) as caught:
+        read_labels(write(tmp_path, "SOPInstanceUID,label\n1.2,0\n"), "PatientID+StudyDate")
+    assert caught.value.remedy.startswith("Key columns: PatientID+StudyDate")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("P1,03/02/2019,0", "row 2: StudyDate is neither YYYY-MM-DD nor YYYYMMDD"),
+        ("P1,2019-02-30,0", "row 2: StudyDate is neither"),
+        ("P1,,0", "row 2: empty StudyDate"),
+        (",20190203,0", "row 2: empty PatientID"),
+        ("P1,20190203,0\nP1,2019-02-03,1", "row 3: duplicate .* first in row 2"),
+    ],
+)
+def test_patient_and_date_need_both_and_a_date_of_no_doubt(tmp_path: Path, row: str, message: str) -> None:
+    with pytest.raises(CohortError, match=message):
+        read_labels(write(tmp_path, f"PatientID,StudyDate,label\n{row}\n"))
+
+
+def test_delimiter_is_the_one_that_yields_the_header(tmp_path: Path) -> None:
+    text = 'SOPInstanceUID;label;"note, with, many, commas"\n1.2;0;"x;y"\n'
+
+    assert [row.key for row in read_labels(write(tmp_path, text)).rows] == ["1.2"]
+
+
+def test_file_beyond_the_limit_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_file, "MAX_LABEL_BYTES", 2**20)
+    path = write(tmp_path, "SOPInstanceUID,label\n")
+    with path.open("r+b") as file:
+        file.truncate(2**20 + 1)
+    with pytest.raises(CohortError, match="larger than 1 MiB"):
+        read_labels(path)
 
 
 @pytest.mark.parametrize(
@@ -113,3 +188,109 @@ def test_a_label_is_a_known_name_a_number_in_range_or_nothing(text: str) -> None
     elif index is not None:
         assert index in range(3)
         assert text.lstrip("0") == (str(index) if index else "")
+
+
+@given(st.dates(min_value=date(1900, 1, 1)))
+def test_both_forms_of_a_date_are_one(day: date) -> None:
+    assert compact_date(f"{day:%Y-%m-%d}") == compact_date(f"{day:%Y%m%d}") == f"{day:%Y%m%d}"
+    assert compact_date(f"{day:%d.%m.%Y}") is None
+    assert compact_date(f"{day + timedelta(1):%Y-%m%d}") is None
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_number_that_python_writes_is_read_back(value: float) -> None:
+    assert measured_value(repr(value)) == value
+
+
+@pytest.mark.parametrize("text", ["", "1,5", "nan", "inf", "1e999", "0x10", "1_0", "٣", "1" * 65, "--1"])
+def test_what_is_no_number_is_none(text: str) -> None:
+    assert measured_value(text) is None
+
+
+def test_numbers_become_classes_at_the_cut_points() -> None:
+    rows = tuple(
+        LabelRow(n, f"{n}", text, None) for n, text in enumerate(("-1", "10", "29.99", "30", "1e3"), 2)
+    )
+
+    found = classify(LabelFile("PatientID", rows), (10.0, 30.0))
+
+    assert [(row.number, row.label) for row in found.rows] == [
+        (2, "0"),
+        (3, "1"),
+        (4, "1"),
+        (5, "2"),
+        (6, "2"),
+    ]
+    with pytest.raises(CohortError, match="row 9: no number"):
+        classify(LabelFile("PatientID", (*rows, LabelRow(9, "k", "large", None))), (10.0,))
+
+
+CONCEPT = {"concept": "SCT:10200004"}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {},
+        {"key": "PatientID+StudyDate", "limits": {"rows_without_image": 0.02}},
+        {"cut_points": [-1.5, 0, 3]},
+        {
+            "source": "reports",
+            "report": CONCEPT | {"where": {"DCM:121401": "SCT:373098007"}, "unit": "UCUM:mm"},
+        },
+        {"source": "segmentations", "mask": {"segment": "SCT:10200004", "min_pixels": 20}},
+        {"source": "segmentations", "mask": {"segment": 3}},
+        {"source": "structures", "mask": {"structure": "GTV"}},
+    ],
+)
+def test_sound_tables_are_read_and_survive_json(table: dict[str, Any]) -> None:
+    config = LabelConfig.model_validate(table)
+
+    assert LabelConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValidationError):
+        config.source = "csv"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"sources": "csv"},
+        {"source": "guess"},
+        {"key": "PatientName"},
+        {"limits": {"rows_without_image": 1.5}},
+        {"limits": {"rows_without_image": float("nan")}},
+        {"cut_points": [3, 1]},
+        {"cut_points": [1, 1]},
+        {"cut_points": [float("inf")]},
+        {"source": "reports"},
+        {"report": CONCEPT},
+        {"source": "reports", "report": {"concept": "liver"}},
+        {"source": "reports", "report": {"concept": ":1"}},
+        {"source": "reports", "report": CONCEPT, "key": "PatientID"},
+        {"source": "segmentations"},
+        {"source": "segmentations", "mask": {"structure": "GTV"}},
+        {"source": "structures", "mask": {"segment": 3}},
+        {"source": "structures", "mask": {"segment": 3, "structure": "GTV"}},
+        {"source": "segmentations", "mask": {"segment": 0}},
+        {"source": "segmentations", "mask": {"segment": 3}, "cut_points": [1]},
+        {"mask": {"segment": 3}},
+    ],
+)
+def test_tables_that_make_no_sense_are_refused(table: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        LabelConfig.model_validate(table)
+
+
+def test_codes_are_written_as_scheme_and_value() -> None:
+    config = LabelConfig.model_validate({"source": "reports", "report": CONCEPT})
+
+    assert config.report is not None
+    assert config.report.concept == Concept("SCT", "10200004")
+
+
+@pytest.mark.parametrize("module", [labels, longitudinal, contact_sheet, nested, rtstruct])
+def test_examples_in_docstrings_hold(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+
+    assert found.attempted > 0
+    assert found.failed == 0

@@ -119,16 +119,27 @@ def test_a_loss_leaves_rounded_and_bounded_or_not_at_all(loss: float, left: floa
 
 
 def test_counts_below_the_floor_are_not_released_and_none_at_all_is() -> None:
-    up = Site().door.counts(PREPARE, PLAN, {"train": 5, "validation": 4, "test": 0})
+    up = Site().door.counts(PREPARE, PLAN, {"train": 5, "validation": 4, "test": 0, "quarantined": 4})
     assert envelope_of(up).numbers.model_dump() == {
         "num_train": 5,
         "num_validation": None,
         "num_test": 0,
+        "num_quarantined": None,
         "num_cases": None,
         "mean_loss": None,
         "seconds": None,
     }
     assert up.payload is None
+
+
+@pytest.mark.parametrize(("num_quarantined", "said"), [(0, 0), (1, None), (4, None), (5, 5), (50, 50)])
+def test_how_many_studies_are_refused_leaves_with_an_update_unless_they_are_few(
+    num_quarantined: int, said: int | None
+) -> None:
+    site = Site()
+    up = site.door.update(TRAIN, PLAN, packed(0.5, -0.25), 20, 0.5, num_quarantined)
+    assert envelope_of(up).numbers.num_quarantined == said
+    assert site.lines[0].get("num_quarantined") == said
 
 
 @pytest.mark.parametrize("num_train", [0, 1, 4])
@@ -280,7 +291,8 @@ def test_a_refusal_says_a_number_that_a_site_may_say_and_never_yes(code: Refusal
 CANARY = "DOE^JOHN"
 TOKENS = re.compile(
     r'\{"action":"(prepare|train|evaluate|baseline)","base_digest":(null|"[0-9a-f]{64}"),"code":\d+,'
-    r'"numbers":\{"mean_loss":(null|[0-9.e+]+),"num_cases":(null|\d+),"num_test":(null|\d+),"num_train":(null|\d+),'
+    r'"numbers":\{"mean_loss":(null|[0-9.e+]+),"num_cases":(null|\d+),"num_quarantined":(null|\d+),'
+    r'"num_test":(null|\d+),"num_train":(null|\d+),'
     r'"num_validation":(null|\d+),"seconds":(null|[0-9.]+)\},"payload_digest":(null|"[0-9a-f]{64}"),'
     r'"plan_digest":"[0-9a-f]{64}","round_index":\d+,"run_id":"run-1","site":"north",'
     r'"split":"(validation|test)","version":1\}'

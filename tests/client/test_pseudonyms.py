@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedward_client.pseudonyms import KEY_FILE, case_id_of, load_pseudonym_key
+from fedward_client.pseudonyms import KEY_FILE, case_id_of, load_pseudonym_key, patient_code_of, study_code_of
 from fedward_common.errors import IdentityError
 
 
@@ -43,3 +43,16 @@ def test_a_case_id_is_the_hmac_of_the_uid() -> None:
 
     assert case_id_of(key, "1.2.3") == hmac.digest(key, b"case|1.2.3", "sha256").hex()[:32]
     assert case_id_of(key, "1.2.3") not in hashlib.sha256(b"case|1.2.3").hexdigest()
+
+
+def test_a_case_a_patient_and_a_study_of_one_identifier_have_nothing_in_common() -> None:
+    key = bytes(32)
+    codes = {case_id_of(key, "1.2.3"), patient_code_of(key, "1.2.3"), study_code_of(key, "1.2.3")}
+
+    assert len(codes) == 3
+    assert all(len(code) == 32 for code in codes)
+    assert patient_code_of(b"k" * 32, "1.2.3") not in codes
+
+
+def test_an_identifier_that_is_no_text_of_unicode_has_a_pseudonym_too() -> None:
+    assert patient_code_of(bytes(32), "\udcff") != patient_code_of(bytes(32), "\udcfe")

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 
 from fedward_client.app import client_app
 from fedward_client.approvals import PlanGate
+from fedward_client.cohort import open_cohort
 from fedward_client.config import SiteHome
+from fedward_client.exclusions import write_exclusions
 from fedward_client.outbound import OutboundDoor
 from fedward_client.session import SiteSession, SiteSettings, SiteWorker
-from fedward_client.site_data import SiteData
+from fedward_client.site_data import COHORT_FILE, SiteData
 from fedward_client.worker_process import WorkerProcess
 from fedward_common import weights
 from fedward_common.audit import AuditLog
@@ -188,6 +190,21 @@ def test_two_sites_may_share_a_worker(place: Place, data: SiteData) -> None:
     assert envelope_of(second).site == "south"
     assert first.payload != second.payload  # another seed
     assert place.ask("evaluate").payload == other.ask("evaluate").payload
+
+
+def test_what_the_operator_takes_out_is_used_no_more_from_the_next_round_on(
+    worker: WorkerProcess, model: tuple[Layout, bytes], tmp_path: Path
+) -> None:
+    layout, base = model
+    site = a_divided_site(tmp_path / "site")
+    place = a_place(site, worker, signed(PLAN, layout), base)
+    assert envelope_of(place.ask("train")).numbers.num_cases == NUM_TRAIN
+
+    write_exclusions(site.home, [case.case_id for case in open_cohort(site).of("train")[:2]])
+    assert envelope_of(place.ask("train", 2)).numbers.num_cases == NUM_TRAIN - 2
+
+    (site.home / COHORT_FILE).write_text("[gate]\nidentity_removed = true\n")
+    assert code_of(place.ask("train", 3)) is RefusalCode.COHORT_UNUSABLE
 
 
 def test_an_idle_session_ends_its_worker_and_a_busy_one_does_not(place: Place) -> None:

@@ -131,7 +131,7 @@ def test_cohort_index_counts_files_and_what_is_in_quarantine(run: Run, home: Pat
     said = run("cohort", "index", "--home", home)
     assert said.code == 0
     assert "25 files, 25 of them new or changed" in said.out
-    assert "24 usable images, 24 of them labelled" in said.out
+    assert "24 labelled images make up the cohort" in said.out
     assert "1 in quarantine" in said.out
     document = run("cohort", "index", "--home", home, "--json").json
     assert (document["files"], document["read"], document["images"]) == (25, 0, 24)
@@ -199,6 +199,15 @@ def test_digest_to_compare_can_be_copied_from_a_screen_of_80_columns(
     digest = run("plan", "list", "--home", home, "--json").json[0]["digest"]
     assert f"\n  {digest}\n" in said.out
     assert max(map(len, said.out.splitlines())) <= 80
+
+
+def test_plan_approve_says_that_images_will_not_do_for_volumes(run: Run, home: Path, plan_file: Path) -> None:
+    assert "warning" not in run("plan", "approve", plan_file, "--yes", "--home", home).out
+    (home / "cohort.toml").write_text('unit = "volume"\n')
+    said = run("plan", "approve", plan_file, "--yes", "--home", home)
+    assert "warning: the site would refuse this plan" in said.out
+    assert "a case of this site is one volume" in said.out
+    assert "approved" in run("plan", "list", "--home", home).out
 
 
 def test_plan_approve_without_confirmation_approves_nothing(run: Run, home: Path, plan_file: Path) -> None:

@@ -146,7 +146,12 @@ def no_images(site: Site) -> str:
     return "holds no files"
 
 
-@pytest.mark.parametrize("spoil", [labels_twice, no_images])
+def volumes_wanted(site: Site) -> str:
+    (site.data.home / "cohort.toml").write_text('unit = "volume"\n')
+    return "transforms.size has 2 numbers, and a case of this site is one volume"
+
+
+@pytest.mark.parametrize("spoil", [labels_twice, no_images, volumes_wanted])
 def test_what_is_the_matter_with_images_or_labels_is_told_in_words(tmp_path: Path, spoil: Any) -> None:
     site = a_site(tmp_path, RefusalCode.COHORT_UNUSABLE)
     expected = spoil(site)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 from fedward_client.sources import folder
 from fedward_client.sources.folder import find_files, read_content
+from fedward_client.sources.refresh import watch_source
+from fedward_client.sources.settings import FolderConfig, Selection
 from fedward_common.errors import CohortError
 
 
@@ -100,3 +103,27 @@ def test_a_file_too_large_to_hold_is_hashed_and_not_held(
 
     assert content.data is None
     assert content.sha256 == hashlib.sha256(b"x" * 3000).hexdigest()
+
+
+def test_watching_a_folder_yields_when_something_changed(tmp_path: Path) -> None:
+    folder = tmp_path / "dicom"
+    watch = watch_source(FolderConfig(path=folder, poll_s=0.1), tmp_path, Selection())
+
+    def arrive() -> None:
+        folder.mkdir()
+        (folder / "a.dcm").write_bytes(b"a")
+
+    threading.Timer(0.3, arrive).start()
+    next(watch)  # not before there is a file
+    assert [each.name for each in find_files(folder)] == [b"a.dcm"]
+
+    for change in (
+        lambda: (folder / "b.dcm").write_bytes(b"b"),
+        lambda: (folder / "b.dcm").write_bytes(b"longer"),
+        lambda: (folder / "a.dcm").unlink(),
+    ):
+        later = threading.Timer(0.3, change)
+        later.start()
+        next(watch)
+        assert later.finished.is_set()
+    watch.close()

@@ -214,7 +214,7 @@ def test_training_learns_what_separates_the_cases() -> None:
 def test_numbers_that_are_not_finite_end_training_with_their_code() -> None:
     plan = a_training_plan(training={"learning_rate": 10, "local_epochs": 20})
     cases = some_cases(32)
-    wild = CaseSet(cases.images * 1e20, cases.labels, cases.case_ids)
+    wild = CaseSet(cases.images[:] * 1e20, cases.labels, cases.case_ids)
     with pytest.raises(TrainingError) as caught:
         train(build_model(plan), wild, a_job(plan))
     assert caught.value.code is RefusalCode.TRAINING_DIVERGED

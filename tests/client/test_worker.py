@@ -91,7 +91,7 @@ def test_opening_a_cohort_gives_the_number_of_cases_for_each_purpose(
     worker: WorkerProcess, site: SiteData
 ) -> None:
     header, payload = worker.call(open_request(site, PLAN))
-    counts = {"train": NUM_TRAIN, "validation": NUM_VALIDATION, "test": NUM_TEST}
+    counts = {"train": NUM_TRAIN, "validation": NUM_VALIDATION, "test": NUM_TEST, "quarantined": 0}
     assert header == {"ok": True, "counts": counts}
     assert payload == b""
 

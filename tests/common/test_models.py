@@ -82,6 +82,14 @@ def test_cnn2d_gives_one_logit_a_label_for_any_options(
     assert build_model(plan)(torch.zeros(5, 1, 21, 21)).shape == (5, 3)
 
 
+def test_cnn2d_refuses_volumes() -> None:
+    plan = a_training_plan(
+        model={"name": "cnn2d", "options": {}}, transforms={"name": "volume", "size": (16, 64, 64)}
+    )
+    with pytest.raises(PlanError, match=r"cnn2d takes images.*3 numbers"):
+        layout_of(plan)
+
+
 def test_cnn2d_refuses_more_blocks_than_the_image_can_be_halved() -> None:
     with pytest.raises(PlanError, match="4 blocks"):
         layout_of(a_plan_with({"channels": (4, 4, 4, 4)}, side=15))

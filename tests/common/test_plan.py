@@ -151,6 +151,8 @@ def test_unknown_key_is_refused_by_name_at_every_level(path: str) -> None:
         ("transforms.size", [28]),
         ("transforms.size", [28, 0]),
         ("transforms.size", [28, 28, 28, 28]),
+        ("transforms.window", "screen"),
+        ("transforms.percentiles", [0.0, 101.0]),
         ("transforms.augmentation.rotate_degrees", 181),
         ("transforms.augmentation.probability", 0),
         ("model.name", "fedward_common.models.cnn2d:MODEL"),
@@ -173,6 +175,21 @@ def test_unknown_key_is_refused_by_name_at_every_level(path: str) -> None:
 def test_value_out_of_bounds_is_refused_by_name(path: str, value: object) -> None:
     with pytest.raises(PlanError, match=f"plan is not valid: {path}"):
         parse_plan(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"window": [100.0, -100.0]}, "window: the first value must be below"),
+        ({"percentiles": [99.0, 1.0]}, "percentiles: the first must be below"),
+        ({"spacing_mm": [1.0, 1.0, 1.0]}, "size needs three numbers"),
+        ({"view": "axial"}, "size needs three numbers"),
+    ],
+)
+def test_transforms_that_contradict_themselves_are_refused(values: dict[str, Any], said: str) -> None:
+    document = a_document()
+    with pytest.raises(PlanError, match=said):
+        parse_plan(document | {"transforms": {"size": (28, 28)} | values})
 
 
 def test_every_fault_is_named_at_once() -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 
 from fedward_common.errors import PlanError
 from fedward_common.plan import TrainingPlan
 from fedward_common.registry import TRANSFORMS
+from fedward_common.transforms import chest_xray
 from tests.training_builders import a_training_plan
 
 ALL_ON: dict[str, Any] = {"rotate_degrees": 15.0, "flip": True, "zoom": 0.2, "intensity": 0.2}
@@ -145,3 +146,56 @@ def test_intensity_changes_contrast_and_brightness_within_bounds() -> None:
     assert contrast.min() < 0.85
     assert contrast.max() > 1.0
     assert ((contrast > 0.8 - 1e-4) & (contrast < 1.2 + 1e-4)).all()
+
+
+def test_whole_number_blocks_are_averaged_as_monai_does_to_the_last_bit() -> None:
+    from monai.transforms.spatial.array import Resize
+
+    for height, width in ((24, 24), (36, 24), (48, 48), (60, 24), (30, 31), (9, 20)):
+        image = an_image(height, width)[None]
+        shrinks = height >= 12 and width >= 12
+        mode, corners = ("area", None) if shrinks else ("bilinear", False)
+        expected = Resize((12, 12), mode=mode, align_corners=corners)(torch.tensor(image))
+        assert np.array_equal(chest_xray.resized(image, (12, 12)), np.asarray(expected))
+
+
+def test_a_picture_in_grey_is_treated_as_a_radiograph() -> None:
+    image = an_image(30, 20)
+    found = TRANSFORMS.load("image").preprocess(a_plan())(image)
+    assert torch.equal(found, preprocessed(a_plan(), image))
+
+
+def test_colour_image_treats_each_channel_as_a_picture_of_its_own() -> None:
+    channels = np.stack([an_image(30, 20, seed) for seed in range(3)])
+    found = TRANSFORMS.load("colour_image").preprocess(a_plan())(channels)
+    assert torch.equal(found, torch.cat([preprocessed(a_plan(), channel) for channel in channels]))
+    with pytest.raises(PlanError, match="height and width"):
+        TRANSFORMS.load("colour_image").preprocess(a_plan((4, 4, 4)))
+
+
+def test_volume_keeps_its_voxels_on_a_scale_from_minus_one_to_one() -> None:
+    volume = np.random.default_rng(0).uniform(0, 1, (4, 5, 6)).astype(np.float32)
+    transform = TRANSFORMS.load("volume")
+
+    found = transform.preprocess(a_plan((4, 5, 6)))(volume)
+
+    np.testing.assert_allclose(found[0].numpy(), volume * 2 - 1, atol=1e-6)
+    with pytest.raises(ValueError, match="expected"):
+        transform.preprocess(a_plan((4, 5, 7)))(volume)
+    with pytest.raises(PlanError, match="slices, rows and columns"):
+        transform.preprocess(a_plan((5, 6)))
+
+
+def test_volume_varies_all_slices_alike() -> None:
+    picture = torch.rand(2, 1, 1, 12, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    batch = picture.expand(2, 1, 5, 12, 12).contiguous()
+    plan = a_plan((5, 12, 12), **ALL_ON)
+    augment = TRANSFORMS.load("volume").augment(plan)
+
+    found = augment(batch, torch.Generator().manual_seed(0))
+
+    assert found.shape == batch.shape
+    assert not torch.equal(found, batch)
+    for place in range(5):
+        torch.testing.assert_close(found[:, :, place], varied(a_plan(**ALL_ON), picture[:, :, 0]))
+    assert TRANSFORMS.load("volume").augment(a_plan((5, 12, 12))) is None

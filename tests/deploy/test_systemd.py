@@ -12,10 +12,14 @@ from tests.deploy.checkers import ROOT, exposure_of_unit, verify_unit
 from tests.deploy.test_compose import SERVICES
 
 FOLDER = ROOT / "deploy" / "systemd"
-UNITS = ("fedward-server.service", "fedward-site.service")
+UNITS = ("fedward-server.service", "fedward-site.service", "fedward-site-images.service")
 COMMANDS = {
     "fedward-server.service": SERVICES["server"]["command"],
     "fedward-site.service": SERVICES["site-a"]["command"],
+    "fedward-site-images.service": [
+        *("fedward-site", "cohort", "index", "--watch"),
+        *("--home", "/var/lib/fedward-site"),
+    ],
 }
 
 each_unit = pytest.mark.parametrize("name", UNITS)
@@ -66,7 +70,7 @@ def test_rating_notices_a_sandbox_that_was_opened(tmp_path: Path) -> None:
 
 
 @each_unit
-def test_unit_and_image_run_the_same_command(name: str) -> None:
+def test_unit_runs_the_command_that_the_image_runs_too(name: str) -> None:
     parser = RawConfigParser(strict=False, delimiters=("=",))
     parser.optionxform = str  # type: ignore[assignment, method-assign]  # keys keep their case
     parser.read(FOLDER / name, encoding="utf-8")

@@ -34,7 +34,22 @@ _LENGTHS = {"AE": 16, "CS": 16, "SH": 16, "LO": 64, "PN": 64, "ST": 1024, "LT": 
 _LONG = ("UC", "UR", "UT")
 _PIXEL_GROUP = 0x7FE0
 # What an image needs in order to be one; identifiers among them get canaries of their own, file by file.
-KEPT = {*HEADER_KEYWORDS, *DISPLAY_KEYWORDS, "PatientName", "SpecificCharacterSet", "LossyImageCompression"}
+SIGNS_OF_TEXT = {
+    *("RecognizableVisualFeatures", "ConversionType", "SecondaryCaptureDeviceID"),
+    *("DateOfSecondaryCapture", "TimeOfSecondaryCapture"),
+    *("SecondaryCaptureDeviceManufacturer", "SecondaryCaptureDeviceManufacturerModelName"),
+    *("SecondaryCaptureDeviceSoftwareVersions", "HardcopyDeviceSoftwareVersion", "HardcopyCreationDeviceID"),
+    *("HardcopyDeviceManufacturer", "HardcopyDeviceManufacturerModelName"),
+}
+"""With any value in these the gate keeps the image out, and nothing of it could leak."""
+
+SHOWN_TO_OPERATOR = ("00080070", "00081090", "00180015", "00185101")
+"""Manufacturer, ManufacturerModelName, BodyPartExamined, ViewPosition: `cohort show` counts by them."""
+
+KEPT = {
+    *(*HEADER_KEYWORDS, *DISPLAY_KEYWORDS, *SIGNS_OF_TEXT),
+    *("PatientName", "SpecificCharacterSet", "LossyImageCompression"),
+}
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,10 @@ def test_every_command_in_the_readme_works_in_its_order(reader: Reader) -> None:
                 reader.awaits_server()
             shown = reader.types(line)
             if "--home north" in line and "outbound" not in line:
-                # the second site's operator types the same
-                reader.types(line.replace("north", "south").replace("site-1", "site-2"))
+                # the second site's operator types the same, at another machine
+                for north, south in (("north", "south"), ("site-1", "site-2"), ("safe-copies", "safe-too")):
+                    line = line.replace(north, south)
+                reader.types(line)
             if line.startswith("fedward run start"):
                 assert "completed" in shown
     assert (reader.folder / "report.html").is_file()

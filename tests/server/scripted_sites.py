@@ -25,6 +25,7 @@ from fedward_server.checkpoints import Checkpoints
 from fedward_server.local_grid import RUN_ID, LocalGrid
 from fedward_server.rounds import RunOutcome
 from fedward_server.runs import RunStore
+from fedward_server.survey import SurveyOutcome
 from tests.messages import LAYOUT, NUM_ELEMENTS, a_state, an_answer
 
 Script = Callable[["ScriptedSite", Instruction, Down], Up | RecordDict]
@@ -146,13 +147,15 @@ class ScriptedRun:
             resume=resume,
         )
         grid = LocalGrid({site.name: site.app() for site in self.sites}, parallel=self.parallel)
-        outcomes: list[RunOutcome] = []
+        outcomes: list[RunOutcome | SurveyOutcome] = []
         try:
             server_app(context, outcomes.append)(grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
         finally:
             unblock()
             grid.close()
-        return outcomes[0]
+        (outcome,) = outcomes
+        assert isinstance(outcome, RunOutcome)
+        return outcome
 
     @property
     def digests(self) -> list[str]:

@@ -124,6 +124,19 @@ def test_given_folders_are_shown_and_nothing_is_written_into_them(tmp_path: Path
     assert sorted(str(path) for path in given.rglob("*")) == before
 
 
+def test_a_given_folder_may_declare_its_cohort(tmp_path: Path) -> None:
+    given = given_folders(tmp_path / "given", "north", "south")
+    (given / "north" / "cohort.toml").write_text('modalities = ["DX"]\n')
+
+    folders = prepare_folders(given, tmp_path / "out", NAMES).folders
+
+    assert (folders["north"] / "home" / "cohort.toml").read_text() == 'modalities = ["DX"]\n'
+    assert not (folders["south"] / "home" / "cohort.toml").exists()
+    (given / "north" / "cohort.toml").unlink()
+    prepare_folders(given, tmp_path / "out", NAMES)
+    assert not (folders["north"] / "home" / "cohort.toml").is_symlink()
+
+
 def test_given_folders_do_not_cover_images_of_an_earlier_simulation(
     radiographs: Path, tmp_path: Path
 ) -> None:

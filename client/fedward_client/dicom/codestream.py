@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 
+_JP2_SIGNATURE = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
+_MAX_BOXES = 16
+
 
 @dataclass(frozen=True)
 class FrameSize:
@@ -31,16 +34,18 @@ class FrameSize:
 
 
 def frame_size(codestream: bytes) -> FrameSize:
-    """Dimensions of a JPEG, JPEG-LS or JPEG 2000 codestream.
+    """Dimensions of a JPEG, JPEG-LS or JPEG 2000 codestream (High-Throughput JPEG 2000 included).
 
     Raises:
-        UnusableImageError: none of the three, or its first headers are damaged.
+        UnusableImageError: none of them, or its first headers are damaged.
 
-    Source: ITU-T T.81 B.2.2 (SOF), T.87 C.2.2 (SOF55), T.800 A.5.1 (SIZ).
+    Source: ITU-T T.81 B.2.2 (SOF), T.87 C.2.2 (SOF55), T.800 A.5.1 (SIZ) and I.4 (JP2 boxes).
     """
     try:
+        if codestream[:12] == _JP2_SIGNATURE:
+            return _jpeg2000_size(codestream, _codestream_in_boxes(codestream))
         if codestream[:4] == b"\xff\x4f\xff\x51":
-            return _jpeg2000_size(codestream)
+            return _jpeg2000_size(codestream, 0)
         if codestream[:2] == b"\xff\xd8":
             return _jpeg_size(codestream)
     except (struct.error, IndexError):
@@ -48,9 +53,32 @@ def frame_size(codestream: bytes) -> FrameSize:
     raise UnusableImageError(Reason.CODESTREAM)
 
 
-def _jpeg2000_size(codestream: bytes) -> FrameSize:
-    right, bottom, left, top = struct.unpack_from(">4I", codestream, 8)
-    (components,) = struct.unpack_from(">H", codestream, 40)
+def _codestream_in_boxes(container: bytes) -> int:
+    """Where in a JP2 file its codestream begins; some writers put the whole file in a fragment."""
+    position = 0
+    for _ in range(_MAX_BOXES):
+        length, kind = struct.unpack_from(">L4s", container, position)
+        start = position + 8
+        if length == 1:
+            (length,) = struct.unpack_from(">Q", container, start)
+            start += 8
+        if kind == b"jp2c":
+            if container[start : start + 4] != b"\xff\x4f\xff\x51":
+                break
+            return start
+        if length < 8:
+            break
+        position += length
+    raise UnusableImageError(Reason.CODESTREAM)
+
+
+def _jpeg2000_size(codestream: bytes, start: int) -> FrameSize:
+    right, bottom, left, top = struct.unpack_from(">4I", codestream, start + 8)
+    (components,) = struct.unpack_from(">H", codestream, start + 40)
+    for component in range(min(components, 4)):
+        depth, *steps = struct.unpack_from(">3B", codestream, start + 42 + 3 * component)
+        if steps != [1, 1] or depth & 0x7F >= 32:  # a component of another size than the image
+            raise UnusableImageError(Reason.CODESTREAM)
     return FrameSize(bottom - top, right - left, components, 0x51)
 
 

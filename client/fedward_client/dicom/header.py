@@ -1,56 +1,64 @@
 """Read what the index needs from a header, and decide whether the file may become a case (hop 2).
 
-Two steps, so that a refused file keeps its identity: `read_header` reads facts, `refusal_of` judges
-them. Supported here: Computed Radiography and Digital X-Ray for presentation, one grey frame. All
-else is refused by the name that the DICOM dictionary gives it. Pixels are never touched.
+Two steps, so that a refused file keeps its identity: `read_header` reads facts, the refusals judge
+them. `image_refusal_of` admits every usual image; `refusal_of` only radiographs, one grey frame each,
+which need no geometry. All else is refused by the name that the DICOM dictionary gives it. Pixels are
+never touched. Facts that only describe are None or "" when absent or malformed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
-from pydicom import uid
-from pydicom.dataset import FileDataset
-from pydicom.pixels.decoders.base import get_decoder
+from pydicom._uid_dict import UID_dictionary
 
-from fedward_client.dicom.parser import contained, parse
+from fedward_client.dicom.diffusion import private_b_value
+from fedward_client.dicom.elements import Elements
+from fedward_client.dicom.header_facts import Header
+from fedward_client.dicom.parser import ParsedFile, contained, parse_file
 from fedward_client.dicom.refusal import Reason, UnusableImageError
+from fedward_client.dicom.sop_classes import ANY_MODALITY, IMAGE_SOP_CLASSES, RADIOGRAPHS
+from fedward_client.dicom.syntaxes import (
+    NATIVE_SYNTAXES,
+    PLUGIN_OF_SYNTAX,
+    can_decode,
+    is_permitted,
+)
+from fedward_client.dicom.values import (
+    date_or_none,
+    integer,
+    integer_or_none,
+    is_present,
+    number_or_none,
+    numbers_or_none,
+    raw_text,
+    text_or_none,
+)
 
-MODALITY_OF_SOP_CLASS: dict[str, str] = {
-    uid.ComputedRadiographyImageStorage: "CR",
-    uid.DigitalXRayImageStorageForPresentation: "DX",
-}
+__all__ = [
+    "HEADER_KEYWORDS",
+    "MAX_PIXEL_BYTES",
+    "MODALITY_OF_SOP_CLASS",
+    "NATIVE_SYNTAXES",
+    "PLUGIN_OF_SYNTAX",
+    "Header",
+    "can_decode",
+    "header_of",
+    "image_refusal_of",
+    "pixel_refusal_of",
+    "read_header",
+    "refusal_of",
+]
+
+MODALITY_OF_SOP_CLASS = RADIOGRAPHS
+UNKNOWN_KIND = "not in the DICOM dictionary"
 
 MAX_ROWS = 16384
 MIN_ROWS = 8
+MAX_FRAMES = 65536
 MAX_PIXEL_BYTES = 128 * 2**20
-
-NATIVE_SYNTAXES = frozenset(
-    {
-        uid.ImplicitVRLittleEndian,
-        uid.ExplicitVRLittleEndian,
-        uid.ExplicitVRBigEndian,
-        uid.DeflatedExplicitVRLittleEndian,
-    }
-)
-
-# One plugin a syntax, never "whichever is there": lossy decoders differ by a grey level, and two
-# sites must see the same pixels. gdcm is installed by the operator (JPEG Lossless only). RLE is not
-# left to pydicom itself: it expands whatever a segment holds before it looks at the size.
-PLUGIN_OF_SYNTAX: dict[str, str] = {
-    uid.RLELossless: "pylibjpeg",
-    uid.JPEGBaseline8Bit: "pillow",
-    uid.JPEGLossless: "gdcm",
-    uid.JPEGLosslessSV1: "gdcm",
-    uid.JPEGLSLossless: "pyjpegls",
-    uid.JPEGLSNearLossless: "pyjpegls",
-    uid.JPEG2000Lossless: "pylibjpeg",
-    uid.JPEG2000: "pylibjpeg",
-}
 
 HEADER_KEYWORDS = (
     "SOPClassUID",
@@ -73,50 +81,11 @@ HEADER_KEYWORDS = (
     "PixelRepresentation",
     "BurnedInAnnotation",
 )
+"""Elements that decide whether and where a file counts; all others only describe it."""
 
-_MAX_TEXT = 1024
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 _AGE = re.compile(r"([0-9]{3})([DWMY])")
 _AGES_PER_YEAR = {"D": 365, "W": 52, "M": 12, "Y": 1}
-
-
-@dataclass(frozen=True)
-class Header:
-    """Facts from one header. Identifiers stay out of `repr`, so no log line can show them.
-
-    Attributes:
-        study_year: year of StudyDate, or None.
-        sex: "M", "F", "O", or None.
-        age_years: completed years from PatientAge, or None.
-        pixel_bytes_left: bytes of the file from the pixel data on; None when unknown (deflated).
-    """
-
-    sop_class: str
-    transfer_syntax: str
-    sop_instance: str = field(repr=False)
-    series: str = field(repr=False)
-    study: str = field(repr=False)
-    patient: str = field(repr=False)
-    modality: str = field(repr=False)
-    study_year: int | None
-    sex: str | None
-    age_years: int | None
-    num_frames: int
-    samples: int
-    photometric: str = field(repr=False)
-    rows: int
-    columns: int
-    bits_allocated: int
-    bits_stored: int
-    high_bit: int
-    signed: int
-    burned_in: bool
-    pixel_bytes_left: int | None
-
-    @property
-    def num_pixel_bytes(self) -> int:
-        """Bytes of the uncompressed pixels."""
-        return self.rows * self.columns * self.samples * self.num_frames * (self.bits_allocated // 8)
 
 
 def read_header(data: bytes) -> Header:
@@ -126,46 +95,103 @@ def read_header(data: bytes) -> Header:
         UnusableImageError: empty, not DICOM, a deflate bomb, or too damaged to identify.
     """
     with contained(Reason.MALFORMED):
-        dataset, num_left = parse(data, HEADER_KEYWORDS, pixels=False)
-        return header_of(dataset, num_left)
+        return header_of(parse_file(data))
 
 
-def header_of(dataset: FileDataset, pixel_bytes_left: int | None) -> Header:
-    """Take the facts out of a parsed dataset; call it inside `contained`."""
-    syntax = _text(dataset.file_meta.get("TransferSyntaxUID"))
-    bits_allocated = _integer(dataset, "BitsAllocated", 0)
-    bits_stored = _integer(dataset, "BitsStored", bits_allocated)
+def header_of(parsed: ParsedFile) -> Header:
+    """Take the facts out of a parsed file; call it inside `contained`."""
+    of = parsed.elements
+    bits_allocated = integer(of, "BitsAllocated", 0)
+    bits_stored = integer(of, "BitsStored", bits_allocated)
+    modality = raw_text(of, "Modality")
+    study_date = text_or_none(of, "StudyDate")
+    image_type = text_or_none(of, "ImageType").upper()
+    last = next(reversed(of.places), 0)
     return Header(
-        sop_class=_text(dataset.get("SOPClassUID")),
-        transfer_syntax=syntax,
-        sop_instance=_text(dataset.get("SOPInstanceUID")),
-        series=_text(dataset.get("SeriesInstanceUID")),
-        study=_text(dataset.get("StudyInstanceUID")),
-        patient=_text(dataset.get("PatientID")),
-        modality=_text(dataset.get("Modality")),
-        study_year=_year(_text(dataset.get("StudyDate"))),
-        sex=_sex(_text(dataset.get("PatientSex"))),
-        age_years=_age_years(_text(dataset.get("PatientAge"))),
-        num_frames=_integer(dataset, "NumberOfFrames", 1),
-        samples=_integer(dataset, "SamplesPerPixel", 1),
-        photometric=_text(dataset.get("PhotometricInterpretation")),
-        rows=_integer(dataset, "Rows", 0),
-        columns=_integer(dataset, "Columns", 0),
+        sop_class=raw_text(of, "SOPClassUID"),
+        transfer_syntax=parsed.syntax,
+        sop_instance=raw_text(of, "SOPInstanceUID"),
+        series=raw_text(of, "SeriesInstanceUID"),
+        study=raw_text(of, "StudyInstanceUID"),
+        patient=raw_text(of, "PatientID"),
+        modality=modality,
+        study_year=_year(study_date),
+        sex=_sex(text_or_none(of, "PatientSex")),
+        age_years=_age_years(text_or_none(of, "PatientAge")),
+        num_frames=integer(of, "NumberOfFrames", 1),
+        samples=integer(of, "SamplesPerPixel", 1),
+        photometric=raw_text(of, "PhotometricInterpretation"),
+        rows=integer(of, "Rows", 0),
+        columns=integer(of, "Columns", 0),
         bits_allocated=bits_allocated,
         bits_stored=bits_stored,
-        high_bit=_integer(dataset, "HighBit", bits_stored - 1),
-        signed=_integer(dataset, "PixelRepresentation", 0),
-        burned_in=_text(dataset.get("BurnedInAnnotation")).upper() == "YES",
-        pixel_bytes_left=None if syntax == uid.DeflatedExplicitVRLittleEndian else pixel_bytes_left,
+        high_bit=integer(of, "HighBit", max(bits_stored - 1, 0)),
+        signed=integer(of, "PixelRepresentation", 0),
+        burned_in=raw_text(of, "BurnedInAnnotation").upper() == "YES",
+        pixel_bytes_left=parsed.pixel_bytes_left,
+        pixel_kind=_PIXEL_KINDS.get(parsed.pixel_tag or 0, "integer"),
+        planar=integer(of, "PlanarConfiguration", 0),
+        study_date=date_or_none(study_date),
+        study_time=text_or_none(of, "StudyTime"),
+        acquisition_time=text_or_none(of, "AcquisitionTime"),
+        accession=text_or_none(of, "AccessionNumber"),
+        body_part=text_or_none(of, "BodyPartExamined"),
+        view_position=text_or_none(of, "ViewPosition"),
+        laterality=text_or_none(of, "ImageLaterality") or text_or_none(of, "Laterality"),
+        series_description=text_or_none(of, "SeriesDescription"),
+        study_description=text_or_none(of, "StudyDescription"),
+        image_type=tuple(image_type.split("\\")) if image_type else (),
+        manufacturer=text_or_none(of, "Manufacturer"),
+        model_name=text_or_none(of, "ManufacturerModelName"),
+        series_number=integer_or_none(of, "SeriesNumber"),
+        instance_number=integer_or_none(of, "InstanceNumber"),
+        acquisition_number=integer_or_none(of, "AcquisitionNumber"),
+        temporal_position=integer_or_none(of, "TemporalPositionIdentifier"),
+        echo_numbers=integer_or_none(of, "EchoNumbers"),
+        echo_time=number_or_none(of, "EchoTime"),
+        trigger=number_or_none(of, "TriggerTime"),
+        b_value=_b_value(of, modality),
+        conversion_type=text_or_none(of, "ConversionType"),
+        presentation_intent=text_or_none(of, "PresentationIntentType"),
+        has_overlay=last >= 0x60000000 and any(tag >> 24 == 0x60 for tag in of.places),
+        num_private=sum([tag >> 16 & 1 for tag in of.places]),
+        regions=is_present(of, "SequenceOfUltrasoundRegions"),
+        **_place(of),
     )
 
 
+def _place(of: Elements) -> dict[str, Any]:
+    return {
+        "frame_of_reference": text_or_none(of, "FrameOfReferenceUID"),
+        "position": numbers_or_none(of, "ImagePositionPatient", 3),
+        "orientation": numbers_or_none(of, "ImageOrientationPatient", 6),
+        "pixel_spacing": numbers_or_none(of, "PixelSpacing", 2),
+        "imager_pixel_spacing": numbers_or_none(of, "ImagerPixelSpacing", 2),
+        "slice_thickness": number_or_none(of, "SliceThickness"),
+        "spacing_between": number_or_none(of, "SpacingBetweenSlices"),
+        "gantry_tilt": number_or_none(of, "GantryDetectorTilt"),
+    }
+
+
+_PIXEL_KINDS = {0x7FE00010: "integer", 0x7FE00008: "float", 0x7FE00009: "double"}
+
+
 def refusal_of(header: Header) -> UnusableImageError | None:
-    """First reason why the file may not become a case, or None."""
-    for reason, applies in _CHECKS:
-        if applies(header):
-            return UnusableImageError(reason, _kind(header, reason))
-    return None
+    """First reason why the file may not become a radiograph's case, or None."""
+    return _first_refusal(header, _RADIOGRAPH_CHECKS)
+
+
+def image_refusal_of(header: Header) -> UnusableImageError | None:
+    """First reason why the file may not become part of any case, or None."""
+    return _first_refusal(header, _IMAGE_CHECKS)
+
+
+def pixel_refusal_of(header: Header, max_pixel_bytes: int = MAX_PIXEL_BYTES) -> UnusableImageError | None:
+    """First reason why the pixels may not be decoded, whatever the object is, or None."""
+    refusal = _first_refusal(header, _PIXEL_CHECKS)
+    if refusal is None and header.num_pixel_bytes > max_pixel_bytes:
+        return UnusableImageError(Reason.OVER_LIMIT)
+    return refusal
 
 
 def _pixels_missing(header: Header) -> bool:
@@ -175,12 +201,21 @@ def _pixels_missing(header: Header) -> bool:
 def _pixels_truncated(header: Header) -> bool:
     native = header.transfer_syntax in NATIVE_SYNTAXES
     left = header.pixel_bytes_left
-    return native and left is not None and left < 8 + header.num_pixel_bytes
+    num_expected = header.num_pixel_bytes
+    if header.photometric == "YBR_FULL_422":  # half the colour of every second pixel is not stored
+        num_expected = num_expected // 3 * 2
+    return native and left is not None and left < 8 + num_expected
 
 
 def _out_of_bounds(header: Header) -> bool:
     sides = (header.rows, header.columns)
-    return not all(MIN_ROWS <= side <= MAX_ROWS for side in sides) or header.num_pixel_bytes > MAX_PIXEL_BYTES
+    within = all(MIN_ROWS <= side <= MAX_ROWS for side in sides) and 1 <= header.num_frames <= MAX_FRAMES
+    return not within or header.num_pixel_bytes > MAX_PIXEL_BYTES
+
+
+def _beyond_decoding(header: Header) -> bool:
+    sides = (header.rows, header.columns)
+    return not (all(1 <= side <= MAX_ROWS for side in sides) and 1 <= header.num_frames <= MAX_FRAMES)
 
 
 def _odd_pixels(header: Header) -> bool:
@@ -192,42 +227,93 @@ def _odd_pixels(header: Header) -> bool:
     )
 
 
+def _undecodable_pixels(header: Header) -> bool:
+    if header.pixel_kind != "integer":
+        bits = {"float": 32, "double": 64}[header.pixel_kind]
+        return header.bits_allocated != bits or header.samples != 1
+    return (
+        header.bits_allocated not in (1, 8, 16, 32)
+        or not 1 <= header.bits_stored <= header.bits_allocated
+        or header.high_bit != header.bits_stored - 1
+        or header.signed not in (0, 1)
+        or (header.samples != 1 and (header.bits_allocated not in (8, 16) or header.signed != 0))
+        or (header.samples != 1 and header.bits_stored < 8)
+    )
+
+
+_GREY = ("MONOCHROME1", "MONOCHROME2")
+_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+
+
+def _odd_colour(header: Header) -> bool:
+    if header.samples == 1:
+        return header.photometric not in (*_GREY, "PALETTE COLOR")
+    return header.samples != 3 or header.photometric not in _COLOUR or header.planar not in (0, 1)
+
+
 def _no_valid_uid(header: Header) -> bool:
     uids = (header.sop_instance, header.series, header.study)
     return not all(len(text) <= 64 and _UID.fullmatch(text) for text in uids)
 
 
-@cache
-def can_decode(transfer_syntax: str) -> bool:
-    """Whether the one plugin that is pinned for this syntax is installed."""
-    plugin = PLUGIN_OF_SYNTAX.get(transfer_syntax)
-    return plugin is None or plugin in get_decoder(transfer_syntax).available_plugins
+def _mislabelled(header: Header) -> bool:
+    if header.sop_class in ANY_MODALITY:
+        return not header.modality
+    return header.modality not in IMAGE_SOP_CLASSES[header.sop_class]
 
 
-# Order matters: what the object is, then whether it is damaged, then whether it can be decoded.
-_CHECKS: tuple[tuple[Reason, Callable[[Header], bool]], ...] = (
-    (Reason.NO_UID, _no_valid_uid),
-    (Reason.SOP_CLASS, lambda header: header.sop_class not in MODALITY_OF_SOP_CLASS),
-    (Reason.MISLABELLED, lambda header: header.modality != MODALITY_OF_SOP_CLASS[header.sop_class]),
-    (Reason.NO_PATIENT, lambda header: not header.patient),
-    (Reason.BURNED_IN, lambda header: header.burned_in),
-    (
-        Reason.TRANSFER_SYNTAX,
-        lambda header: (
-            header.transfer_syntax not in NATIVE_SYNTAXES and header.transfer_syntax not in PLUGIN_OF_SYNTAX
-        ),
-    ),
+def _unknown_kind(header: Header) -> bool:
+    return header.sop_class not in IMAGE_SOP_CLASSES and header.sop_class not in ANY_MODALITY
+
+
+_Checks = tuple[tuple[Reason, Callable[[Header], bool]], ...]
+
+_CAN_BE_READ: _Checks = (
+    (Reason.TRANSFER_SYNTAX, lambda header: not is_permitted(header.transfer_syntax)),
     (Reason.DECODER_MISSING, lambda header: not can_decode(header.transfer_syntax)),
-    (Reason.MULTI_FRAME, lambda header: header.num_frames != 1),
-    (
-        Reason.COLOUR,
-        lambda header: header.samples != 1 or header.photometric not in ("MONOCHROME1", "MONOCHROME2"),
-    ),
-    (Reason.PIXEL_FORMAT, _odd_pixels),
+)
+_ARE_THERE: _Checks = (
     (Reason.DIMENSIONS, _out_of_bounds),
     (Reason.NO_PIXELS, _pixels_missing),
     (Reason.TRUNCATED, _pixels_truncated),
 )
+_PIXEL_CHECKS: _Checks = (
+    *_CAN_BE_READ,
+    (Reason.NO_PIXELS, _pixels_missing),
+    (Reason.PIXEL_FORMAT, _undecodable_pixels),
+    (Reason.PHOTOMETRIC, _odd_colour),
+    (Reason.DIMENSIONS, _beyond_decoding),
+    (Reason.TRUNCATED, _pixels_truncated),
+)
+
+# Order matters: what the object is, then whether it is damaged, then whether it can be decoded.
+_RADIOGRAPH_CHECKS: _Checks = (
+    (Reason.NO_UID, _no_valid_uid),
+    (Reason.SOP_CLASS, lambda header: header.sop_class not in RADIOGRAPHS),
+    (Reason.MISLABELLED, lambda header: header.modality != RADIOGRAPHS[header.sop_class]),
+    (Reason.NO_PATIENT, lambda header: not header.patient),
+    (Reason.BURNED_IN, lambda header: header.burned_in),
+    *_CAN_BE_READ,
+    (Reason.NO_PIXELS, _pixels_missing),  # of a file cut off in its header; whatever else that lacks
+    (Reason.MULTI_FRAME, lambda header: header.num_frames != 1),
+    (Reason.COLOUR, lambda header: header.samples != 1 or header.photometric not in _GREY),
+    (Reason.PIXEL_FORMAT, _odd_pixels),
+    *_ARE_THERE,
+)
+_IMAGE_CHECKS: _Checks = (
+    (Reason.NO_UID, _no_valid_uid),
+    (Reason.SOP_CLASS, _unknown_kind),
+    (Reason.MISLABELLED, _mislabelled),
+    (Reason.NO_PATIENT, lambda header: not header.patient),
+    *_PIXEL_CHECKS,
+)
+
+
+def _first_refusal(header: Header, checks: _Checks) -> UnusableImageError | None:
+    for reason, applies in checks:
+        if applies(header):
+            return UnusableImageError(reason, _kind(header, reason))
+    return None
 
 
 def _kind(header: Header, reason: Reason) -> str:
@@ -238,29 +324,15 @@ def _kind(header: Header, reason: Reason) -> str:
     }
     if reason not in named:
         return ""
-    name = str(uid.UID(named[reason]).name)
-    return "not in the DICOM dictionary" if name == named[reason] else name
+    entry = UID_dictionary.get(named[reason])  # `uid.UID` would put a hostile value in a warning
+    return entry[0] if entry else UNKNOWN_KIND
 
 
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    several = isinstance(value, Sequence) and not isinstance(value, str)
-    text = "\\".join(str(part) for part in value) if several else str(value)
-    if len(text) > _MAX_TEXT:
-        raise UnusableImageError(Reason.MALFORMED)
-    # Undecodable bytes come out of the parser as lone surrogates, which no database or hash accepts.
-    return text.strip(" \0").encode("utf-8", "replace").decode("utf-8")
-
-
-def _integer(dataset: FileDataset, keyword: str, default: int) -> int:
-    value = dataset.get(keyword)
-    if value is None or value == "":
-        return default
-    number = int(value)
-    if number < 0:
-        raise UnusableImageError(Reason.MALFORMED)
-    return number
+def _b_value(elements: Elements, modality: str) -> float | None:
+    if modality != "MR":
+        return None
+    declared = number_or_none(elements, "DiffusionBValue")
+    return private_b_value(elements) if declared is None else declared
 
 
 def _year(date: str) -> int | None:

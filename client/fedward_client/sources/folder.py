@@ -68,7 +68,7 @@ def find_files(root: Path) -> Iterator[Candidate]:
     except OSError as error:
         raise CohortError(
             "the image folder cannot be listed",
-            remedy="Check `dicom` in site.toml, that it is mounted, and that this user may read it.",
+            remedy="Check `dicom` or [source] in site.toml, that it is mounted, and its mode.",
         ) from error
     while waiting:  # not recursive: folders may be nested deeper than Python's stack
         name = waiting.pop()

@@ -98,7 +98,12 @@ def _num_groups(channels: int) -> int:
 
 def _pooled_size(options: Cnn2dOptions, input_shape: tuple[int, ...]) -> tuple[int, int]:
     shrink = 2 ** len(options.channels)
-    if len(input_shape) != 3 or min(input_shape[1:]) < shrink:
+    if len(input_shape) != 3:
+        raise PlanError(
+            f"model cnn2d takes images, and the plan's transforms.size has {len(input_shape) - 1} numbers",
+            remedy="Give two numbers in transforms.size, or a model for volumes.",
+        )
+    if min(input_shape[1:]) < shrink:
         raise PlanError(
             f"model cnn2d: {len(options.channels)} blocks need 2-D images of {shrink} pixels a side or more,"
             f" the plan has size {list(input_shape[1:])}",

@@ -9,7 +9,7 @@ Augmentation works on a whole batch at once. MONAI's random transforms work on o
 takes longer than training a small network on it; MONAI's batched `AffineTransform` with matrices drawn
 here does rotation, flip and zoom in one resampling, on the device where the batch lies.
 
-MONAI takes seconds to import, so this is left until an image must be resized or a batch varied.
+MONAI takes seconds to import, so this is left until a batch is varied; images are resized without it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,11 @@ def preprocess(plan: TrainingPlan) -> Preprocess:
     if len(size) != 2:
         raise PlanError(
             f"transform chest_xray: size {list(size)} has {len(size)} numbers, expected height and width",
-            remedy="Set transforms.size to two numbers.",
+            remedy='Set transforms.size to two numbers; volumes need transforms.name = "volume".',
         )
 
     def to_tensor(image: NDArray[np.float32]) -> torch.Tensor:
-        import torch
-
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).unsqueeze(0)
-        return _resized(pixels, size).mul_(2).sub_(1).clamp_(-1, 1)
+        return rescaled(resized(image[None], size))
 
     return to_tensor
 
@@ -81,19 +78,52 @@ def augment(plan: TrainingPlan) -> Augment | None:
 
 _ROTATE, _FLIP, _ZOOM, _CONTRAST, _BRIGHTNESS = range(5)
 _NUM_DRAWS = 5
+_MAX_BLOCK = 4
 
 
-def _resized(pixels: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    if tuple(pixels.shape[1:]) == size:
-        return pixels
+def resized(image: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.float32]:
+    """Resize `(channels, height, width)` to a new array `(channels, *size)`.
+
+    The arithmetic is that of MONAI's `Resize`, to the last bit: "area" where both sides shrink, because
+    shrinking without averaging every pixel that falls into a new one invents texture, else "bilinear".
+    """
+    image = np.asarray(image, dtype=np.float32)
+    sides = image.shape[1:]
+    if sides == size:
+        return image.copy()
+    shrinks = all(old >= new for old, new in zip(sides, size, strict=True))
+    if shrinks and all(
+        old % new == 0 and old // new <= _MAX_BLOCK for old, new in zip(sides, size, strict=True)
+    ):
+        return _block_means(image, sides[0] // size[0], sides[1] // size[1])
     import torch
-    from monai.transforms.spatial.array import Resize
+    from torch.nn.functional import interpolate
 
-    shrinks = all(old >= new for old, new in zip(pixels.shape[1:], size, strict=True))
-    # "area" averages every pixel that falls into a new one: shrinking without it invents texture
     mode, align_corners = ("area", None) if shrinks else ("bilinear", False)
-    resized = Resize(size, mode=mode, align_corners=align_corners)(pixels)
-    return torch.as_tensor(resized, dtype=torch.float32).as_subclass(torch.Tensor).contiguous()
+    pixels = torch.from_numpy(image if image.flags.writeable else image.copy())
+    result: NDArray[np.float32] = interpolate(
+        pixels[None], size, mode=mode, align_corners=align_corners
+    ).numpy()[0]
+    return result
+
+
+def rescaled(image: NDArray[np.float32]) -> torch.Tensor:
+    """Bring an array of ours from [0, 1] to [-1, 1], in place and without PyTorch's threads."""
+    import torch
+
+    image *= 2
+    image -= 1
+    return torch.from_numpy(np.clip(image, -1, 1, out=image))
+
+
+def _block_means(image: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
+    """Means of blocks, added up in PyTorch's order but all blocks at once, in a third of the time."""
+    total = image[:, ::height, ::width].copy()
+    for number in range(1, height * width):
+        total += image[:, number // width :: height, number % width :: width]
+    total /= np.float32(height)
+    total /= np.float32(width)
+    return total
 
 
 def _matrices(

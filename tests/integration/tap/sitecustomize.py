@@ -25,7 +25,9 @@ def _tap(folder: Path) -> None:
     peers = (folder / f"{os.getpid()}.peers").open("ab", buffering=0)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _NETWORK:
+        # A pair of sockets leads to the process's own decoders, and to nobody else.
+        paired = event == "socket.sendmsg" and arguments[1] is None and arguments[0].family.name == "AF_UNIX"
+        if event in _NETWORK and not paired:
             peers.write(f"{event} {arguments[1]!r}\n".encode())
 
     def tapped(owner: Any, name: str) -> None:
@@ -58,8 +60,8 @@ def _leak(home: Path) -> None:
     def patient_and_file() -> tuple[str, Path]:
         with sqlite3.connect(home / "index.sqlite") as index:
             patient, name = index.execute(
-                "SELECT PatientID, name FROM files JOIN contents USING (content)"
-                " WHERE reason IS NULL AND PatientID IS NOT NULL ORDER BY name"
+                "SELECT patient, name FROM files JOIN contents USING (content)"
+                " WHERE radiograph_reason IS NULL AND patient IS NOT NULL ORDER BY name"
             ).fetchone()
         (folder,) = [
             line.split('"')[1] for line in (home / "site.toml").read_text().splitlines() if "dicom" in line

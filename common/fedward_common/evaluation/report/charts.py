@@ -120,6 +120,20 @@ def roc_chart(curves: Sequence[Line], *, label: str, operating_point: tuple[floa
     return _svg(_HEIGHT, label, parts)
 
 
+def curve_chart(lines: Sequence[Line], *, label: str, x_label: str, y_label: str) -> Markup:
+    """Draw curves over a quantity, the first line on top; empty when no line has a point."""
+    points = [(x, y) for line in lines for x, y in line.points if y is not None]
+    if not points:
+        return Markup("")
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    y_ticks = ticks(0.0, max(y for _, y in points))
+    axes = _Axes(x_low, x_high if x_high > x_low else x_low + 1, y_ticks[0], y_ticks[-1])
+    x_ticks = [mark for mark in ticks(axes.x_low, axes.x_high) if axes.x_low <= mark <= axes.x_high]
+    parts = [_frame(axes, x_ticks, y_ticks, x_label, y_label)]
+    parts += [_polyline(axes, line, marked=False) for line in reversed(lines)]
+    return _svg(_HEIGHT, label, parts)
+
+
 def pair_chart(pairs: Sequence[Pair], *, label: str) -> Markup:
     """Draw one row a site: an open circle for its own model, a filled one for the federated model."""
     if not pairs:

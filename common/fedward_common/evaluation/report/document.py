@@ -47,6 +47,7 @@ class SiteRound(_Part):
         code: a RefusalCode; 0 for a contribution.
         reason: the code in words.
         num_cases: training cases behind the contribution.
+        num_quarantined: studies of which the site refuses something; None below its smallest count.
         loss: training loss per case.
         seconds: from the start of the round to the site's answer.
         bytes_up: bytes received from the site.
@@ -58,6 +59,7 @@ class SiteRound(_Part):
     code: int = 0
     reason: str = Field(default_factory=_meaning)
     num_cases: int = Field(default=0, ge=0)
+    num_quarantined: int | None = Field(default=None, ge=0)
     loss: float | None = None
     seconds: float = Field(default=0, ge=0)
     bytes_up: int = Field(default=0, ge=0)

@@ -1,46 +1,22 @@
-"""Put the report on one page, or into rows for a terminal.
-
-The page is a single file that asks the network for nothing: a content security policy in it allows only
-its own style sheet and script, both by hash, so that not even a hostile name that slipped through
-escaping could load or run anything.
-"""
+"""Put the report on one page, or into rows for a terminal."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel
 
 from fedward_common.evaluation.report import charts, tables, words
 from fedward_common.evaluation.report.document import RunReport
+from fedward_common.evaluation.report.rendering import plan_sections, render_page
 from fedward_common.evaluation.summary import MetricSummary
-
-_HERE = Path(__file__).resolve().parent
 
 
 def render_html(report: RunReport) -> str:
     """Render the report as one self-contained HTML page, every text escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style, script = _asset("report.css"), _asset("report.js")
     caption, figures = words.headline_figures(report)
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         report=report,
         plan=report.plan,
-        words=words,
-        style=style,
-        script=script,
-        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
         headline=words.headline(report),
         caption=caption,
         figures=figures,
@@ -56,7 +32,7 @@ def render_html(report: RunReport) -> str:
         participation=tables.participation(report),
         absences=words.absence_rows(report),
         rounds=tables.rounds_table(report),
-        plan_sections=_plan_sections(report.plan),
+        plan_sections=plan_sections(report.plan),
     )
 
 
@@ -188,39 +164,3 @@ def _site_legend(report: RunReport) -> list[tuple[str, str]]:
 
 def _value(summary: MetricSummary | None, figure: str) -> float | None:
     return None if summary is None else getattr(summary, figure)
-
-
-def _plan_sections(plan: BaseModel) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Spell the plan out: general settings first, then one section a part, empty values as a dash."""
-    document = plan.model_dump(mode="json")
-    general = [(key, _plain(value)) for key, value in document.items() if not isinstance(value, dict)]
-    sections = [("general", general)]
-    for name, part in document.items():
-        if isinstance(part, dict):
-            sections += _sections(name, part)
-    return sections
-
-
-def _sections(name: str, part: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """One section for a part's own settings and one for each part inside it."""
-    sections = [(name, [(key, _plain(value)) for key, value in part.items() if not isinstance(value, dict)])]
-    for key, value in part.items():
-        if isinstance(value, dict) and value:
-            sections += _sections(f"{name} {key}", value)
-    return sections
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(_plain(each) for each in value)
-    return words.MISSING if value in (None, "") else str(value)
-
-
-def _asset(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8").strip()
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
