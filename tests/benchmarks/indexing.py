@@ -243,13 +243,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--laps", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the files are, or are to be kept")
+    parser.add_argument("--json", action="store_true", help="kept for uniformity: JSON is all there is")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="fedward-indexing") as scratch:
         folder = given.folder or Path(scratch) / "dicom"
         if not folder.exists():
             make_files(folder, given.files)
         figures = measure(folder.resolve(), given.processes, given.laps)
-    print(json.dumps({"versions": versions(), "machine": machine(), **figures}, indent=2))
+    print(json.dumps({"versions": versions(), "machine": machine(), **figures}))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UltrasoundImageStorage
@@ -38,7 +36,6 @@ from fedward_common.errors import CohortError
 from tests.builders import a_dataset, a_dicom, a_disk_of, a_uid, encode, write_labels
 from tests.label_builders import a_volume, written
 
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = '<script>alert(1)</script>"&amp;'
 
 
@@ -68,20 +65,6 @@ def mixed_site(tmp_path_factory: pytest.TempPathFactory) -> SiteData:
 @pytest.fixture(scope="module")
 def sheet(mixed_site: SiteData) -> ContactSheet:
     return make_contact_sheet(mixed_site)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        reason = f"{CHROMIUM} is not installed"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield started
-        started.close()
 
 
 def put(site: SiteData, rows: list[list[object]], label: object, name: str, data: bytes) -> None:

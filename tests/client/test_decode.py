@@ -462,3 +462,14 @@ def test_one_window_in_files_of_other_bits_signs_and_directions_is_not_mixed_up(
     for found, expected in zip(first, [ramp, ramp, ramp, 1 - ramp, doubled, moved], strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-7)
     np.testing.assert_array_equal(first, again[::-1])
+
+
+def test_a_header_that_says_two_things_is_refused() -> None:
+    data = a_dicom(BurnedInAnnotation="YES")
+    said = b"\x28\x00\x01\x03CS\x04\x00YES "
+    denied = b"\x28\x00\x01\x03CS\x02\x00NO"
+    assert data.count(said) == 1
+    assert read_header(data.replace(said, denied)).sop_instance
+    with pytest.raises(UnusableImageError) as caught:
+        read_header(data.replace(said, said + denied))
+    assert caught.value.reason is Reason.MALFORMED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from fedward_client.dicom.frames import decode_frames
 from fedward_client.ocr import find_tesseract, find_text
 from fedward_common.errors import UsageError
 
-pytestmark = pytest.mark.skipif(shutil.which("tesseract") is None, reason="tesseract is not installed")
+pytestmark = pytest.mark.needs("tesseract")
 
 
 def tissue(seed: int = 7) -> NDArray[np.uint8]:

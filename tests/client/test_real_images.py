@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
@@ -289,7 +288,7 @@ def test_high_throughput_jpeg_2000_agrees_with_openjph(shared_data: Path) -> Non
     assert np.abs(lossless.astype(int) - lossy).max() <= 4
 
 
-@pytest.mark.skipif(shutil.which("dcmdjpeg") is None, reason="dcmtk is not installed")
+@pytest.mark.needs("dcmdjpeg")
 @pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
 def test_twelve_bit_jpeg_agrees_with_dcmtk(name: str, tmp_path: Path) -> None:
     path = Path(str(get_testdata_file(name)))
@@ -302,7 +301,7 @@ def test_twelve_bit_jpeg_agrees_with_dcmtk(name: str, tmp_path: Path) -> None:
     assert values.max() > 255
 
 
-@pytest.mark.skipif(shutil.which("dcmdjpls") is None, reason="dcmtk is not installed")
+@pytest.mark.needs("dcmdjpls")
 @pytest.mark.parametrize("name", ["JPEGLSNearLossless_16.dcm", "MR_small_jpeg_ls_lossless.dcm"])
 def test_jpeg_ls_agrees_with_dcmtk(name: str, tmp_path: Path) -> None:
     path = Path(str(get_testdata_file(name)))

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import highdicom
@@ -358,7 +357,7 @@ def test_sandbox_gives_stored_values_and_refuses_what_it_cannot_decode(
 
 
 @pytest.mark.data
-@pytest.mark.skipif(which("dciodvfy") is None or which("dcmdump") is None, reason="validators not installed")
+@pytest.mark.needs("dciodvfy", "dcmdump")
 def test_copies_are_no_worse_dicom_than_their_originals(shared_data: Path, tmp_path: Path) -> None:
     """Judged by dciodvfy and dcmtk, independent of each other and of pydicom."""
     vendors = shared_data / "dicom-vendors"
@@ -392,7 +391,7 @@ def a_region(box: Box) -> Any:
     return region_of((box.left, box.top, box.right - 1, box.bottom - 1))
 
 
-@pytest.mark.skipif(which("tesseract") is None, reason="tesseract is not installed")
+@pytest.mark.needs("tesseract")
 def test_ocr_finds_the_case_with_text_and_not_what_the_gate_blackens(
     run: Run, federation: Path, tmp_path: Path
 ) -> None:
@@ -446,7 +445,7 @@ def test_ocr_without_tesseract_says_how_to_get_it(
 
 
 @pytest.mark.data
-@pytest.mark.skipif(which("tesseract") is None, reason="tesseract is not installed")
+@pytest.mark.needs("tesseract")
 def test_sample_of_real_pictures_passes_over_what_cannot_be_decoded(
     shared_data: Path, tmp_path: Path
 ) -> None:
@@ -463,7 +462,7 @@ def test_sample_of_real_pictures_passes_over_what_cannot_be_decoded(
     assert seen[-1] == (2, 2)
 
 
-@pytest.mark.skipif(which("tesseract") is None, reason="tesseract is not installed")
+@pytest.mark.needs("tesseract")
 def test_sample_of_an_empty_cohort_says_where_to_look(tmp_path: Path) -> None:
     site = a_site(tmp_path / "data", num_patients=2)
     (site.home / "cohort.toml").write_text('modalities = ["MG"]\n')

@@ -53,6 +53,25 @@ def test_no_symbolic_link_is_followed(tmp_path: Path) -> None:
             read_content(root, name)
 
 
+def test_a_folder_that_cannot_be_listed_is_counted_and_not_passed_over(tmp_path: Path) -> None:
+    step = "d" * 250
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(17):  # until the path is longer than the system takes
+        os.mkdir(step, dir_fd=here)
+        below = os.open(step, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+
+    found = [each.name for each in find_files(tmp_path)]
+
+    subprocess.run(["rm", "-rf", tmp_path / step], check=True)
+    (name,) = found
+    assert set(name) == set(b"d/")
+    with pytest.raises(OSError, match="too long"):
+        read_content(tmp_path, name)
+
+
 def test_the_root_itself_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.dcm").write_bytes(b"a")

@@ -11,7 +11,6 @@ import base64
 import ctypes
 import hashlib
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -26,7 +25,6 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
-import pytest
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -37,6 +35,7 @@ from fedward_client.sources.folder import find_files, read_content
 from fedward_client.sources.refresh import refresh_source
 from fedward_client.sources.retrieval import Retrieved
 from fedward_client.sources.settings import DicomwebConfig, DimseConfig, RemoteConfig, Selection, spool_root
+from tests.absence import do_without
 from tests.deploy.confinement import network, skip_unless_possible
 
 AE_TITLE = "ORTHANC"
@@ -46,6 +45,7 @@ USER, PASSWORD = "ci", "ci-secret"
 EVERYTHING = Selection(date_from=date(1990, 1, 1))
 SHORT = {"first_wait_s": 0.02, "attempts": 2, "timeout_s": 10.0}
 _PROGRAMS = ("Orthanc", "storescu", "getscu", "movescu")
+_SYSTEM_PATH = "/usr/bin:/usr/sbin:/bin:/sbin:/usr/local/bin"
 _PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET of setns(2)
 _PATIENCE_S = 30.0
@@ -67,14 +67,19 @@ BUNDLED = (
 
 def skip_unless_installed() -> None:
     """Skip, or fail under CI, where the PACS, dcmtk or network namespaces are missing."""
-    missing = [name for name in _PROGRAMS if shutil.which(name) is None]
+    missing = [name for name in _PROGRAMS if shutil.which(name, path=_SYSTEM_PATH) is None]
     missing += [] if _PLUGIN.exists() else [_PLUGIN.name]
     if missing:
         reason = f"not installed: {', '.join(missing)} (Debian: orthanc orthanc-dicomweb dcmtk)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        do_without(reason)
     skip_unless_possible()
+
+
+def dcmtk(name: str) -> str:
+    """Path of a program of dcmtk; pynetdicom brings some of the same names into a virtual environment."""
+    found = shutil.which(name, path=_SYSTEM_PATH)
+    assert found is not None  # `skip_unless_installed` has looked
+    return found
 
 
 @contextmanager

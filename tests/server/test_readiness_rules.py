@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 from scipy.spatial.distance import jensenshannon
 
 from fedward_common.envelope import Numbers
@@ -44,7 +43,6 @@ PLAN = a_readiness_plan()
 SIGNED = signed_survey(PLAN)
 ASK = an_instruction(SIGNED, "survey", round_index=0)
 SIGN, KEY = new_signer()
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
 
 
@@ -334,20 +332,6 @@ def test_the_terminal_shows_decision_and_reasons(capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert "no-go" in shown
     assert "east: the site was not connected" in shown
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        reason = f"{CHROMIUM} is not installed"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield started
-        started.close()
 
 
 def _pages() -> dict[str, ReadinessReport]:

@@ -12,15 +12,16 @@ import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from pydicom import config, dcmread
+from pydicom import config
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import FileDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filebase import DicomBytesIO
+from pydicom.filereader import read_partial
 from pydicom.filewriter import write_sequence
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -44,6 +45,7 @@ _PREAMBLE = 128
 _META = struct.Struct("<HH2sH").unpack_from
 _LONG_META_VRS = (b"OB", b"UN", b"OW", b"SQ", b"UT")
 _TRANSFER_SYNTAX = 0x00020010
+_LEAST_ELEMENT_BYTES = 8
 
 for _name in ("pydicom", "pylibjpeg", "openjpeg", "rle", "jpeg_ls", "PIL"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
@@ -204,7 +206,7 @@ def _parse_with_pydicom(data: bytes) -> ParsedFile:
         raise UnusableImageError(Reason.DEFLATED)
     stream = io.BytesIO(data)
     try:
-        dataset = dcmread(stream, stop_before_pixels=True)
+        dataset = read_partial(stream, stop_when=_stop_at_pixels(stream))
     except InvalidDicomError:
         raise UnusableImageError(Reason.NOT_DICOM) from None
     encoding = _written_encoding(dataset)
@@ -216,6 +218,26 @@ def _parse_with_pydicom(data: bytes) -> ParsedFile:
         *_pixel_place(data, end, encoding),
         end,
     )
+
+
+def _stop_at_pixels(stream: io.BytesIO) -> Callable[[int, str | None, int], bool]:
+    """Have pydicom stop in front of the pixel data, and refuse a header that says something twice.
+
+    pydicom takes what comes last, others what comes first: such a file can both deny text in the picture and
+    admit it.
+    """
+    found_at: dict[int, int] = {}
+
+    def stop(tag: int, _vr: str | None, _length: int) -> bool:
+        if tag in PIXEL_TAGS:
+            return True
+        position = stream.tell()
+        # of another syntax than it says, pydicom asks twice for the first element, some bytes on
+        if position - found_at.setdefault(tag, position) >= _LEAST_ELEMENT_BYTES:
+            raise UnusableImageError(Reason.MALFORMED)
+        return False
+
+    return stop
 
 
 def _written_encoding(dataset: FileDataset) -> Encoding:

@@ -27,24 +27,30 @@ def decode_single_bits(frame: bytes, rows: int, columns: int) -> NDArray[np.uint
     num_pixels = rows * columns
     if len(frame) < _HEADER_BYTES or struct.unpack_from("<2I", frame) != (1, _HEADER_BYTES):
         raise UnusableImageError(Reason.CODESTREAM)
-    packed = _unpacked(frame, (num_pixels + 7) // 8)
+    packed = unpack_bits(frame[_HEADER_BYTES:], (num_pixels + 7) // 8)
     bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little", count=num_pixels)
     return bits.reshape(rows, columns)
 
 
-def _unpacked(frame: bytes, num_bytes: int) -> bytes:
-    """Undo PackBits, never beyond `num_bytes`."""
-    found = bytearray()
-    position = _HEADER_BYTES
-    while len(found) < num_bytes and position + 1 < len(frame):
-        count = frame[position]
+def unpack_bits(segment: bytes, num_bytes: int) -> bytes:
+    """Undo PackBits of one segment, never beyond `num_bytes`, whatever more it would yield.
+
+    Raises:
+        UnusableImageError: it yields fewer bytes.
+
+    Source: DICOM PS3.5 G.3.
+    """
+    plain = bytearray()
+    position = 0
+    while len(plain) < num_bytes and position + 1 < len(segment):
+        count = segment[position]
         if count < 128:
-            found += frame[position + 1 : position + 2 + count]
+            plain += segment[position + 1 : position + 2 + count]
             position += 2 + count
         else:
             if count > 128:
-                found += frame[position + 1 : position + 2] * (257 - count)
+                plain += segment[position + 1 : position + 2] * (257 - count)
             position += 2 if count > 128 else 1
-    if len(found) < num_bytes:
+    if len(plain) < num_bytes:
         raise UnusableImageError(Reason.TRUNCATED)
-    return bytes(found[:num_bytes])
+    return bytes(plain[:num_bytes])

@@ -22,6 +22,7 @@ from fedward_client.dicom.codestream import frame_size
 from fedward_client.dicom.elements import UNDEFINED_LENGTH
 from fedward_client.dicom.parser import ParsedFile, inflate
 from fedward_client.dicom.refusal import Reason, UnusableImageError
+from fedward_client.dicom.rle import unpack_bits
 from fedward_client.dicom.syntaxes import DEFLATED_IMAGE_FRAME, NATIVE_SYNTAXES
 
 MAX_FRAME_PIXELS = 2**26
@@ -160,29 +161,11 @@ def _rle(coded: bytes, rows: int, columns: int, bits: int) -> Stored:
         raise UnusableImageError(Reason.CODESTREAM)
     num_bytes = -(-rows * columns // 8) if bits == 1 else rows * columns
     ends = [*offsets[1:num_segments], len(coded)]
-    planes = [_unpack_bits(coded[start:end], num_bytes) for start, end in zip(offsets, ends, strict=False)]
+    planes = [unpack_bits(coded[start:end], num_bytes) for start, end in zip(offsets, ends, strict=False)]
     if bits < 16:
         return _from_bytes(planes[0], rows, columns, bits)
     high, low = (np.frombuffer(plane, np.uint8).astype(np.uint16) for plane in planes)
     return _stored(high << 8 | low, bits).reshape(rows, columns)
-
-
-def _unpack_bits(coded: bytes, num_bytes: int) -> bytes:
-    """Decode a PackBits segment up to `num_bytes`, whatever more it would yield."""
-    plain = bytearray()
-    position = 0
-    while position < len(coded) and len(plain) < num_bytes:
-        count = coded[position]
-        if count < 128:
-            plain += coded[position + 1 : position + 2 + count]
-            position += 2 + count
-        else:
-            if count > 128:
-                plain += coded[position + 1 : position + 2] * (257 - count)
-            position += 2 if count > 128 else 1
-    if len(plain) < num_bytes:
-        raise UnusableImageError(Reason.TRUNCATED)
-    return bytes(plain[:num_bytes])
 
 
 def _codestream(marker: int) -> Callable[[bytes, int, int, int], Stored]:

@@ -57,7 +57,8 @@ class Content:
 def find_files(root: Path) -> Iterator[Candidate]:
     """Yield every regular file below `root`, folders and names in byte order.
 
-    Unreadable subfolders are passed over, as are symbolic links, pipes, sockets and devices.
+    Symbolic links, pipes, sockets and devices are passed over. A subfolder that cannot be listed is yielded
+    as if it were a file, which nobody can read either: so it is counted, and its images do not vanish unsaid.
 
     Raises:
         CohortError: `root` is not a folder that can be listed.
@@ -76,7 +77,10 @@ def find_files(root: Path) -> Iterator[Candidate]:
             status = os.lstat(os.path.join(base, name))  # noqa: PTH118 - names are bytes, not text
             if stat.S_ISDIR(status.st_mode):
                 waiting += _entries(base, name)
-        except OSError:  # gone meanwhile, or not ours to read
+        except FileNotFoundError:  # gone meanwhile
+            continue
+        except OSError:
+            yield Candidate(name, 0, 0)
             continue
         if stat.S_ISREG(status.st_mode):
             yield Candidate(name, status.st_size, status.st_mtime_ns)

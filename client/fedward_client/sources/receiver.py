@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.association import Association
+from pynetdicom.transport import ThreadedAssociationServer
 
 from fedward_client.sources.access import server_context
 from fedward_client.sources.association import new_entity, received
@@ -66,6 +68,7 @@ class Receiver:
         self._meters: WeakKeyDictionary[Association, Meter] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._arriving: set[socket.socket] = set()  # admitted, not yet among the active associations
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -102,7 +105,7 @@ class Receiver:
             ) from None
         assert server is not None  # it is with block=False
         self._server = server
-        server.verify_request = lambda _, address: self._admits(entity, address)  # type: ignore[method-assign,assignment]
+        self._watch_over(server, entity)
         return self
 
     def __exit__(
@@ -113,6 +116,27 @@ class Receiver:
         for association in associations:
             association.abort()
 
+    def _watch_over(self, server: ThreadedAssociationServer, entity: AE) -> None:
+        """Have every connection judged before threads are spent on it, one after the other."""
+        process = server.process_request_thread
+
+        def admit(request: Any, address: tuple[str, int]) -> bool:
+            if not self._admits(entity, address):
+                return False
+            with self._lock:
+                self._arriving.add(request)
+            return True
+
+        def process_admitted(request: Any, client_address: Any) -> None:
+            try:
+                process(request, client_address)
+            finally:
+                with self._lock:
+                    self._arriving.discard(request)
+
+        server.verify_request = admit  # type: ignore[method-assign,assignment]
+        server.process_request_thread = process_admitted  # type: ignore[method-assign]
+
     def _opened(self, event: evt.Event) -> None:
         meter = Meter(
             self._config.max_object_bytes, self._config.max_association_bytes, self._config.timeout_s
@@ -121,18 +145,24 @@ class Receiver:
         with self._lock:
             self._meters[event.assoc] = meter
         address: tuple[str, int] = event.address  # type: ignore[attr-defined]
-        if not self._admits(event.assoc.ae, address):
-            meter.hang_up()  # it came before `verify_request` was in place
+        if not self._is_allowed(address):
+            self._note("rejected")
+            meter.hang_up()  # it came before `_watch_over`
 
     def _admits(self, entity: AE, address: tuple[str, int]) -> bool:
         """Whether to listen to a connection at all: one that stays silent keeps two threads for a while."""
-        allowed = self._config.sender_hosts
-        host = address[0].removeprefix("::ffff:").partition("%")[0]
-        is_crowded = len(entity.active_associations) > 2 * MAX_ASSOCIATIONS
-        if is_crowded or (allowed and host not in map(str, allowed)):
+        with self._lock:
+            num_arriving = len(self._arriving)
+        is_crowded = len(entity.active_associations) + num_arriving > 2 * MAX_ASSOCIATIONS
+        if is_crowded or not self._is_allowed(address):
             self._note("rejected")
             return False
         return True
+
+    def _is_allowed(self, address: tuple[str, int]) -> bool:
+        allowed = self._config.sender_hosts
+        host = address[0].removeprefix("::ffff:").partition("%")[0]
+        return not allowed or host in map(str, allowed)
 
     def _rejected(self, _: evt.Event) -> None:
         self._note("rejected")

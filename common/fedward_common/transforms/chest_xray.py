@@ -36,17 +36,28 @@ def preprocess(plan: TrainingPlan) -> Preprocess:
     Raises:
         PlanError: the plan's size is not 2-D.
     """
-    size = plan.transforms.size
-    if len(size) != 2:
-        raise PlanError(
-            f"transform chest_xray: size {list(size)} has {len(size)} numbers, expected height and width",
-            remedy='Set transforms.size to two numbers; volumes need transforms.name = "volume".',
-        )
+    size = plane_size(plan)
 
     def to_tensor(image: NDArray[np.float32]) -> torch.Tensor:
         return rescaled(resized(image[None], size))
 
     return to_tensor
+
+
+def plane_size(plan: TrainingPlan) -> tuple[int, int]:
+    """Height and width that the plan wants, in pixels.
+
+    Raises:
+        PlanError: the plan's size is not 2-D.
+    """
+    size = plan.transforms.size
+    if len(size) != 2:
+        raise PlanError(
+            f"transform {plan.transforms.name}: size {list(size)} has {len(size)} numbers, "
+            "expected height and width",
+            remedy='Set transforms.size to two numbers; volumes need transforms.name = "volume".',
+        )
+    return size
 
 
 def augment(plan: TrainingPlan) -> Augment | None:

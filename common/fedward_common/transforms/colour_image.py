@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward_common.errors import PlanError
 from fedward_common.plan import TrainingPlan
 from fedward_common.transforms import Transform, chest_xray
 
@@ -26,12 +25,7 @@ def preprocess(plan: TrainingPlan) -> Preprocess:
     Raises:
         PlanError: the plan's size is not 2-D.
     """
-    size = plan.transforms.size
-    if len(size) != 2:
-        raise PlanError(
-            f"transform colour_image: size {list(size)} has {len(size)} numbers, expected height and width",
-            remedy="Set transforms.size to two numbers.",
-        )
+    size = chest_xray.plane_size(plan)
 
     def to_tensor(image: NDArray[np.float32]) -> torch.Tensor:
         return chest_xray.rescaled(chest_xray.resized(image, size))
