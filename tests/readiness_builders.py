@@ -46,7 +46,7 @@ def surveyed(number: int, patient: int, plan: ReadinessPlan, seed: int = 0, **fa
     content = hashlib.sha256(f"{seed}|{patient}|{number}".encode()).hexdigest()
     told: dict[str, Any] = {
         "label": int(random.integers(len(plan.task.labels))),
-        "split": SPLITS[int(np.random.default_rng([seed, patient]).integers(3))],
+        "split": SPLITS[int(np.random.default_rng([seed, patient, 0, 1]).integers(3))],
         "modality": "DX",
         "study_year": 2020,
         "sex": ("F", "M", "O", None)[int(random.integers(4))],

@@ -2,14 +2,18 @@
 
 A cohort that fits comfortably into memory lies there after the deterministic transforms, as one tensor,
 so no training step waits for a file. A larger one stays on disk and is mapped: each batch is copied out
-of the mapping when it is its turn, the next one being read from disk meanwhile.
+of the mapping by a thread while the one before it is trained on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +30,8 @@ class StoredImages:
 
     def __init__(self, arrays: StoredArrays, numbers: Sequence[int]) -> None:
         self._arrays, self._numbers = arrays, tuple(numbers)
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: tuple[list[int], Future[NDArray[np.float32]]] | None = None
         self.shape: tuple[int, ...] = (len(self._numbers), *arrays.shape[1:])
 
     def __len__(self) -> int:
@@ -42,9 +48,10 @@ class StoredImages:
 
         if isinstance(which, int):
             return torch.from_numpy(self._arrays.take([self._numbers[which]])[0])
-        chosen = (
-            self._numbers[which] if isinstance(which, slice) else [self._numbers[i] for i in _list(which)]
-        )
+        chosen = self._chosen(which)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == chosen:
+            return torch.from_numpy(ahead[1].result())
         return torch.from_numpy(self._arrays.take(chosen))
 
     def dim(self) -> int:
@@ -54,12 +61,23 @@ class StoredImages:
     def split(self, split_size: int) -> Iterator[torch.Tensor]:
         """Give all images in order, so many at a time, reading ahead."""
         for start in range(0, len(self), split_size):
-            self._arrays.will_need(self._numbers[start + split_size : start + 2 * split_size])
-            yield self[start : start + split_size]
+            images = self[start : start + split_size]
+            if start + split_size < len(self):
+                self.will_need(slice(start + split_size, start + 2 * split_size))
+            yield images
 
-    def will_need(self, which: torch.Tensor | Sequence[int]) -> None:
-        """Have some images read from disk in the background."""
-        self._arrays.will_need([self._numbers[number] for number in _list(which)])
+    def will_need(self, which: torch.Tensor | slice | Sequence[int]) -> None:
+        """Have the images that are asked for next copied into memory in the background."""
+        chosen = self._chosen(which)
+        self._arrays.will_need(chosen)
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "images")  # its thread ends when this object goes
+        self._ahead = (chosen, self._reader.submit(self._arrays.take, chosen))
+
+    def _chosen(self, which: torch.Tensor | slice | Sequence[int]) -> list[int]:
+        if isinstance(which, slice):
+            return list(self._numbers[which])
+        return [self._numbers[number] for number in _list(which)]
 
 
 @dataclass(frozen=True)
@@ -95,12 +113,18 @@ class CaseSet:
 
 @dataclass(frozen=True)
 class Splits:
-    """A site's cases divided by patient, and how many of its studies have something that is refused."""
+    """A site's cases divided by patient.
+
+    Args:
+        num_quarantined: studies of which something is refused.
+        num_left_out: usable cases that are on no side, because numbers would tell of few patients.
+    """
 
     train: CaseSet
     validation: CaseSet
     test: CaseSet
     num_quarantined: int = 0
+    num_left_out: int = 0
 
 
 def _list(which: torch.Tensor | Sequence[int]) -> Sequence[int]:

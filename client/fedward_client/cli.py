@@ -59,12 +59,13 @@ def join(
         typer.Argument(help="This site's folder of keys, as the coordinator made it: fedward provision."),
     ],
     labels: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="CSV file with the labels: a key column (SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID"
             " or PatientID), a column label and, if wanted, a column split (train, validation, test)."
+            " If not given, HOME/cohort.toml says which SEG, SR or RTSTRUCT objects hold them."
         ),
-    ],
+    ] = None,
     dicom: Annotated[
         Path | None, typer.Option(help="Folder with DICOM files; only ever read. If not given: --source.")
     ] = None,
@@ -99,6 +100,10 @@ def join(
         say(f"Site {config.name} is set up in {home}; it will connect to {config.server}.")
         say("Compare this fingerprint of the federation with the coordinator, by phone:")
         say(f"  {fingerprint}")
+        if labels is None:
+            say(f"No label file is named: say in {home}/cohort.toml which DICOM objects hold them, as in")
+            say('  labels.source = "segmentations"')
+            say('  labels.mask = { segment = "SCT:10200004", absent_is_empty = true }')
         say(f"Next: fedward-site doctor --home {home}")
 
     emit(document, as_json=as_json, show=show)

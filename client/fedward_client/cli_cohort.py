@@ -5,110 +5,17 @@ Heavy imports are inside the commands: the help appears at once.
 
 from __future__ import annotations
 
-import signal
-import sys
-from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from collections import Counter
+from typing import Annotated
 
 import typer
 
-from fedward_client import cli_contact_sheet, cli_deidentify
-from fedward_client.cli_options import HERE, AsJson, Home, ProgressBar, site_of
-from fedward_common import logs
-from fedward_common.console import complain, confirm, emit, say, table
-from fedward_common.errors import FederationError
-
-if TYPE_CHECKING:
-    from fedward_client.config import SiteConfig
-    from fedward_client.index import IndexSummary
-    from fedward_client.site_data import SiteData
-    from fedward_client.sources.retrieval import Retrieved
-    from fedward_client.sources.settings import Selection
+from fedward_client import cli_cohort_index, cli_contact_sheet, cli_deidentify
+from fedward_client.cli_options import HERE, AsJson, Home, site_of
+from fedward_common.console import confirm, emit, say, table
 
 cohort = typer.Typer(help="The site's images and labels: read them, count them.", no_args_is_help=True)
-
-
-@cohort.command("index")
-def cohort_index(
-    home: Home = HERE,
-    full: Annotated[
-        bool, typer.Option("--full", help="Ask a PACS for the contents of every study, also of known ones.")
-    ] = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Go on doing so, and receive what a PACS pushes, until SIGTERM.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Fetch what is new from a PACS, read new and changed files, and check the labels against them."""
-    from fedward_client.cohort_file import read_cohort_file
-    from fedward_client.config import SiteHome, load_config
-    from fedward_client.sources.refresh import refresh_source
-
-    config = load_config(SiteHome(home))
-    selection = read_cohort_file(home).selection(("CR", "DX"))
-    if watch:
-        _watch(config, home, selection, as_json)
-    with ProgressBar(as_json, "fetching") as progress:
-        retrieved = refresh_source(config.images, home, selection, progress, full=full)
-    _index(config.site_data(home), retrieved, as_json)
-
-
-def _watch(config: SiteConfig, home: Path, selection: Selection, as_json: bool) -> NoReturn:
-    """Index whenever there is something new; what is the matter with one pass does not end the next."""
-    from fedward_client.sources.refresh import watch_source
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    logs.configure(site=config.name)
-    with closing(watch_source(config.images, home, selection)) as passes:
-        for retrieved in passes:
-            try:
-                _index(config.site_data(home), retrieved, as_json)
-            except FederationError as error:
-                complain(error, as_json=as_json)
-            sys.stdout.flush()
-    raise AssertionError("a watch ends with a signal")
-
-
-def _index(site: SiteData, retrieved: Retrieved, as_json: bool) -> None:
-    from fedward_client.cohort import open_cohort
-    from fedward_client.index import index_folder
-
-    with ProgressBar(as_json) as progress:
-        summary = index_folder(site, progress)
-    if not as_json:  # what was read is known whether or not the labels fit it
-        _say_what_was_read(retrieved, summary)
-    found = open_cohort(site)
-    document = {
-        "fetched": retrieved.num_new,
-        "not_fetched": dict(retrieved.missing),
-        "files": summary.num_files,
-        "read": summary.num_read,
-        "images": summary.num_images,
-        "copies": summary.num_copies,
-        "unreadable": summary.num_unreadable,
-        "quarantined": dict(summary.quarantined),
-        "labelled_cases": len(found.cases),
-        "label_rows_in_quarantine": found.num_rows_without_image,
-    }
-
-    def show() -> None:
-        is_image = all(case.geometry is None for case in found.cases)
-        say(f"{len(found.cases)} labelled {'images' if is_image else 'volumes'} make up the cohort")
-        for warning in found.warnings:
-            say(f"warning: {warning}")
-
-    emit(document, as_json=as_json, show=show)
-
-
-def _say_what_was_read(retrieved: Retrieved, summary: IndexSummary) -> None:
-    if retrieved.num_studies:
-        say(f"{retrieved.num_studies} studies at the PACS, {retrieved.num_new} new images fetched")
-    for refusal, number in retrieved.missing.items():
-        say(f"{number} not fetched, {refusal.meaning}. {refusal.remedy}")
-    say(f"{summary.num_files} files, {summary.num_read} of them new or changed")
-    say(f"{summary.num_images} usable images")
-    say(f"{summary.num_quarantined} in quarantine; reasons and remedies: fedward-site cohort quarantine")
+cli_cohort_index.mount(cohort)
 
 
 @cohort.command("show")
@@ -137,11 +44,13 @@ def cohort_show(home: Home = HERE, as_json: AsJson = False) -> None:
             say()
             table(("Not used", "Number"), list(left.items()), title="Left over")
         if quarantine:
-            listed = [
-                (str(item["content"])[:12], str(item["meaning"]), str(item["remedy"])) for item in quarantine
-            ]
+            files = Counter[tuple[str, str]]()
+            for item in found.quarantined:
+                files[item.reason.meaning, item.reason.remedy] += item.num_files
+            listed = [(str(number), why, remedy) for (why, remedy), number in files.most_common()]
             say()
-            table(("Content", "Why", "Remedy"), listed, title="Quarantine")
+            table(("Files", "Why", "Remedy"), listed, title="Quarantine")
+            say("Study by study: fedward-site cohort quarantine")
         for warning in found.warnings:
             say(f"warning: {warning}")
 

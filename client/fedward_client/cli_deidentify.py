@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedward_client.cli_options import HERE, AsJson, Home, ProgressBar, site_of
-from fedward_common.console import emit, say, table
+from fedward_common.console import CANCELLED, emit, say, table
 
 if TYPE_CHECKING:
     from fedward_client.safe_export import ExportReport, FileReport
@@ -21,7 +21,9 @@ Names = Annotated[bool, typer.Option("--names", help="Also the names of the file
 
 
 def cohort_deidentify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the copies; new or empty.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for the copies; new, or of a run that was stopped.")
+    ],
     home: Home = HERE,
     keep_times: Annotated[
         bool, typer.Option("--keep-times", help="Times of day stay; else only the shifted dates.")
@@ -42,7 +44,8 @@ def cohort_deidentify(
 ) -> None:
     """Write copies of the cohort's studies that may leave the hospital, each proven by searching its bytes.
 
-    Exit code 1 when a file has no copy. A face can be recognised from a head scan.
+    A run that was stopped goes on when it is started again with the same options. Exit code 1 when a file has
+    no copy. A face can be recognised from a head scan.
 
     A name in the picture stays there: look at the contact sheet, and see: fedward-site cohort ocr.
     """
@@ -56,13 +59,19 @@ def cohort_deidentify(
         report = export_cohort(site, out, options, progress)
     refused = [_refusal(each, names=names) for each in report.refused]
     emit(_document(report, refused), as_json=as_json, show=lambda: _show(report, refused, out))
+    if report.stopped:
+        raise typer.Exit(CANCELLED)
     if refused:
         raise typer.Exit(1)
 
 
 def _document(report: ExportReport, refused: list[dict[str, object]]) -> dict[str, object]:
     return {
+        "files": report.num_files,
         "written": len(report.written),
+        "from_before": report.num_kept,
+        "withdrawn": report.num_withdrawn,
+        "stopped": report.stopped,
         "pixels": dict(Counter(each.pixels for each in report.written)),
         "identifiers_searched": sum(each.num_searched for each in report.written),
         "identifiers_not_searched": sum(each.num_not_searched for each in report.written),
@@ -87,14 +96,27 @@ def _refusal(report: FileReport, *, names: bool) -> dict[str, object]:
     }
 
 
+def _show_progress(report: ExportReport, out: Path) -> None:
+    say(f"{len(report.written)} of {report.num_files} files have a safe copy in {out}")
+    if report.num_kept:
+        say(f"  {report.num_kept}: from an earlier run, unchanged")
+    if report.num_withdrawn:
+        say(f"  {report.num_withdrawn} copies of files that left the cohort since were deleted")
+    if report.stopped:
+        num_left = report.num_files - len(report.files)
+        say(f"Stopped: {num_left} files are left; the same command goes on with them.")
+
+
 def _show(report: ExportReport, refused: list[dict[str, object]], out: Path) -> None:
+    _show_progress(report, out)
     num_searched = sum(each.num_searched for each in report.written)
     num_not = sum(each.num_not_searched for each in report.written)
-    say(f"{len(report.written)} of {len(report.files)} files have a safe copy in {out}")
     changes: Counter[str] = Counter(each.pixels for each in report.written)
     meanings = {
         "identical": "pixels unchanged, byte by byte",
         "trimmed": "pixels unchanged; bytes behind the last pixel cut off",
+        "blanked": "pixels unchanged; comments inside the compressed pictures blanked",
+        "decoded": "pixels unchanged, written uncompressed: more than a picture was in the compressed data",
         "cleared": "pixels unchanged; bits that may hold an overlay cleared",
         "masked": "blackened outside the regions that the gate keeps",
         "none": "without pixels",

@@ -64,6 +64,19 @@ class DescriptionPatterns(_Part):
         return not self.include or any(fnmatch.fnmatchcase(text, each.lower()) for each in self.include)
 
 
+class Arrival(_Part):
+    """What counts as a series that is still arriving, of which no volume is made.
+
+    Args:
+        settle_s: so long after the newest file is the folder looked at again, and an archive asked again;
+            what moves in between is still arriving. 0: what is there is taken to be all.
+        images_in_acquisition: whether a study needs as many images of an acquisition as they say it has.
+    """
+
+    settle_s: Annotated[float, Field(ge=0, le=86_400)] = 10
+    images_in_acquisition: bool = True
+
+
 class CohortFile(_Part):
     """The cohort as the site declares it; every criterion left out admits everything.
 
@@ -81,6 +94,7 @@ class CohortFile(_Part):
         studies: StudyInstanceUID is one of these.
         labels: where labels come from, and what may be left over.
         gate: what the site's own rules say about text, screens and faces in pictures.
+        arrival: for volumes, when a series is taken to be whole.
         cache_gb: most that prepared images may take in HOME/cache, in 10^9 bytes.
     """
 
@@ -97,6 +111,7 @@ class CohortFile(_Part):
     studies: Annotated[frozenset[Uid], Field(max_length=_MAX_LISTED, repr=False)] = frozenset()
     labels: LabelConfig = LabelConfig()
     gate: GatePolicy = GatePolicy()
+    arrival: Arrival = Arrival()
     cache_gb: Annotated[float, Field(gt=0, le=1e6)] = 50
 
     @model_validator(mode="after")
@@ -115,6 +130,11 @@ class CohortFile(_Part):
         """Which refusals count: radiographs alone are held to the stricter, older list."""
         plain = self.unit == "image" and set(modalities) <= set(RADIOGRAPHS.values())
         return "radiograph" if plain else "image"
+
+    @property
+    def settle_s(self) -> float:
+        """How long to wait for more; single images need no others beside them."""
+        return self.arrival.settle_s if self.unit == "volume" else 0.0
 
     def selection(self, asked: tuple[str, ...] = ()) -> Selection:
         """What of this an archive can be asked for.

@@ -19,6 +19,9 @@ from fedward_client.dicom.slice_text import slices_from_text
 from fedward_client.index_records import IndexedImage
 from fedward_client.index_store import CaseIndex
 
+MAX_SLICES = 2**18
+"""Of one series. A file of a kilobyte can speak of 65,536 frames, and each takes as much here."""
+
 Part = tuple[str, int]
 """(content, frame index)."""
 
@@ -81,14 +84,21 @@ def pictures(images: Sequence[Judged]) -> Grouped:
     return found
 
 
-def volumes(index: CaseIndex, images: Sequence[Judged], refused: Sequence[IndexedImage] = ()) -> Grouped:
+def volumes(
+    index: CaseIndex,
+    images: Sequence[Judged],
+    refused: Sequence[IndexedImage] = (),
+    arriving: Mapping[str, str] | None = None,
+) -> Grouped:
     """Find the volumes of each series.
 
     Args:
         index: that knows where their slices lie.
         images: of any number of series, in any order.
         refused: images of whatever series that may not be used.
+        arriving: series that are not whole yet -> by what sign.
     """
+    arriving = arriving or {}
     series: dict[str, dict[str, Judged]] = defaultdict(dict)
     for image, verdict in images:
         series[image.series][image.content] = (image, verdict)
@@ -97,6 +107,12 @@ def volumes(index: CaseIndex, images: Sequence[Judged], refused: Sequence[Indexe
         lacking[image.series].add(_kind(image))
     found = Grouped()
     for name, members in series.items():
+        if name in arriving:
+            sign = arriving[name]
+            found.refused |= {
+                content: (image, Reason.STILL_ARRIVING, sign) for content, (image, _) in members.items()
+            }
+            continue
         one = _series(index, members, lacking[name])
         found.units += one.units
         found.refused |= one.refused
@@ -126,8 +142,8 @@ def _series(index: CaseIndex, members: Mapping[str, Judged], lacking: Collection
         slices = _slices(index, members)
     except ValueError:  # not what this version writes
         return _none(images, Reason.FRAME_FACTS)
-    if not slices:
-        return _none(images, Reason.NO_POSITION)
+    if not slices or len(slices) > MAX_SLICES:
+        return _none(images, Reason.OVER_LIMIT if slices else Reason.NO_POSITION)
     verdict = group_series(slices)
     reasons = {content: reason for content, _, reason in verdict.dropped}
     refused = verdict.refused or _cut_short(verdict, members, lacking)
@@ -173,24 +189,20 @@ def _none(images: Sequence[IndexedImage], reason: Reason, own: Mapping[str, Reas
 
 
 def _slices(index: CaseIndex, members: Mapping[str, Judged]) -> list[SliceFacts]:
-    """Slices of the members as indexed.
+    """Slices of the members as indexed; of more than `MAX_SLICES` only so many that it shows.
 
     Raises:
         ValueError: the index holds something else.
     """
     first, _ = next(iter(members.values()))
-    return [
-        each
-        for content, text in index.slices_of_series(first.series)
-        if content in members
-        for each in slices_from_text(
-            text,
-            content=content,
-            series=first.series,
-            study=first.study,
-            modality=members[content][0].modality,
-        )
-    ]
+    found: list[SliceFacts] = []
+    for content, text in index.slices_of_series(first.series):
+        if content in members and len(found) <= MAX_SLICES:
+            image, _ = members[content]
+            found += slices_from_text(
+                text, content=content, series=first.series, study=first.study, modality=image.modality
+            )
+    return found
 
 
 def _volume(

@@ -71,7 +71,8 @@ def select_units(index: CaseIndex, file: CohortFile, asked: tuple[str, ...]) -> 
         found = pictures(wanted)
     else:
         damaged = index.images(rule, refused=True)
-        found = volumes(index, wanted, [*damaged, *(image for image, _, _ in refused.values())])
+        lacking = [*damaged, *(image for image, _, _ in refused.values())]
+        found = volumes(index, wanted, lacking, index.arriving())
     refused |= found.refused
     entries = {each.content: each for each in _known_refusals(index, file, rule, modalities)}
     num_files = index.num_files_of(refused | found.left_out)

@@ -6,7 +6,7 @@ HOME/pseudonym.key    key of the case ids         HOME/audit.jsonl    the audit 
 HOME/index.sqlite     the cohort                  HOME/site.log       the daemon's log
 HOME/spool/           images fetched from a PACS  HOME/site.lock      held by the daemon
 HOME/cohort.toml      which images are used       HOME/excluded.json  cases taken out by name
-HOME/surveys/         counts given to surveys
+HOME/surveys/         counts given to surveys, what plans were told, and findings for the operator
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SiteConfig(BaseModel, frozen=True, extra="forbid"):
         server: "host:port" of the federation's server.
         dicom: folder with DICOM files, only ever read; or else
         source: where the images come from: another kind of source, or a folder with settings of its own.
-        labels: CSV file with the labels.
+        labels: CSV file with the labels; not needed where cohort.toml takes them from DICOM objects.
         threads: CPU threads for training; 0 uses all cores.
         device: where to train; "auto" takes a GPU if there is one.
     """
@@ -44,7 +44,7 @@ class SiteConfig(BaseModel, frozen=True, extra="forbid"):
     server: Address
     dicom: Path | None = None
     source: SourceConfig | None = None
-    labels: Path
+    labels: Path | None = None
     threads: int = Field(default=0, ge=0, le=1024)
     device: Device = "auto"
 
@@ -64,7 +64,7 @@ class SiteConfig(BaseModel, frozen=True, extra="forbid"):
 
     def site_data(self, home: Path) -> SiteData:
         """Where the data side of the site finds its images, labels and state."""
-        return SiteData(home, self.images.images(home), home / self.labels)
+        return SiteData(home, self.images.images(home), self.labels and home / self.labels)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def load_config(home: SiteHome) -> SiteConfig:
         update={
             "dicom": config.dicom and root / config.dicom,
             "source": config.source and config.source.resolved(root),
-            "labels": root / config.labels,
+            "labels": config.labels and root / config.labels,
         }
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,9 @@ from fedward_client.cohort_file import CohortFile, read_cohort_file
 from fedward_client.index import Progress, index_folder
 from fedward_client.index_store import CaseIndex
 from fedward_client.labels import SPLITS
+from fedward_client.pseudonyms import CaseId
 from fedward_client.purging import CACHE_FOLDER
+from fedward_client.readiness_told import cases_to_train
 from fedward_client.site_data import SiteData
 from fedward_common.errors import CohortError
 from fedward_common.plan import TrainingPlan
@@ -46,6 +48,7 @@ def open_dicom_folder(plan: TrainingPlan, site: SiteData, progress: Progress | N
     Raises:
         CohortError: folder, index, labels or cache cannot be used, no training case is left, or the plan
             takes images where a case of the site is a volume, or the other way round.
+        TooCloseError: its numbers could be subtracted from those of a survey about slightly other cases.
         PlanError: the plan's transform is unknown here, or its size does not fit it.
         UsageError: HOME/cohort.toml is not sound.
     """
@@ -89,8 +92,10 @@ def open_dicom_folder(plan: TrainingPlan, site: SiteData, progress: Progress | N
         usable = {row.key for row in arrays.rows}
         undecoded = [case.parts[0][0] for case in ordered if row_of(case).key not in usable]
         num_quarantined = cohort.num_rejected(index.refused(dict.fromkeys(undecoded, Reason.DECODE_FAILED)))
-    splits = _splits([case for case in ordered if row_of(case).key in usable], arrays)
-    return replace(splits, num_quarantined=num_quarantined)
+    found = [case for case in ordered if row_of(case).key in usable]
+    told = cases_to_train(plan.data, site, found)
+    splits = _splits(found, arrays, {case.case_id for case in told})
+    return replace(splits, num_quarantined=num_quarantined, num_left_out=len(found) - len(told))
 
 
 def check_dimensions(plan: TrainingPlan, file: CohortFile) -> None:
@@ -129,14 +134,16 @@ def _recipe(plan: TrainingPlan, *, as_radiographs: bool) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _splits(cases: Sequence[Case], arrays: StoredArrays) -> Splits:
-    """Divide the rows, which lie in the order of the cases."""
+def _splits(cases: Sequence[Case], arrays: StoredArrays, told: Collection[CaseId]) -> Splits:
+    """Divide the rows, which lie in the order of the cases, and leave out those that are not told of."""
     import torch
 
     in_memory = arrays.num_bytes * _MEMORY_SHARE <= _available_bytes()
     sets: dict[str, CaseSet] = {}
     for split in SPLITS:
-        numbers = [number for number, case in enumerate(cases) if case.split == split]
+        numbers = [
+            number for number, case in enumerate(cases) if case.split == split and case.case_id in told
+        ]
         images = torch.from_numpy(arrays.take(numbers)) if in_memory else StoredImages(arrays, numbers)
         sets[split] = CaseSet(
             images=images,

@@ -20,6 +20,15 @@ from typing import TYPE_CHECKING
 from fedward_client.cohort_file import CohortFile, read_cohort_file
 from fedward_client.dicom.gate import GatePolicy, GateVerdict, judge
 from fedward_client.dicom.refusal import Reason, UnusableImageError
+from fedward_client.index_arrival import (
+    MAX_WAIT_S,
+    announcements_for,
+    arriving_series,
+    moved,
+    now_s,
+    recent,
+    wait_s,
+)
 from fedward_client.index_reading import facts_from
 from fedward_client.index_records import (
     ContentRecord,
@@ -77,14 +86,22 @@ class IndexSummary:
 
 
 def index_folder(
-    site: SiteData, progress: Progress | None = None, *, num_processes: int | None = None
+    site: SiteData,
+    progress: Progress | None = None,
+    *,
+    num_processes: int | None = None,
+    waiting: Callable[[float], None] | None = None,
 ) -> IndexSummary:
     """Bring the index up to date with the image folder, reading only files that changed.
+
+    Where cases are volumes and files came a moment ago, it looks again once they have settled, so that
+    what is still arriving is told from what is whole; see `index_arrival`.
 
     Args:
         site: whose folder; its home must exist.
         progress: told how far it is, now and then.
         num_processes: that read files; by default as many as processors, but not more than files need.
+        waiting: told for how many seconds it waits before it looks again.
 
     Raises:
         CohortError: the folder cannot be listed or holds no file at all (not mounted?), or the index
@@ -94,27 +111,57 @@ def index_folder(
     from fedward_client.dicom.decode import decoder_versions
 
     file = read_cohort_file(site.home)
-    found = list(find_files(site.dicom))
+    looked_s = now_s()
+    found = _listed(site.dicom)
+    with CaseIndex(site.home) as index:
+        index.forget_if_outdated("; ".join(decoder_versions()))
+        num_read = _update(index, site.dicom, found, progress, num_processes)
+        moving = recent(found, file.arrival.settle_s, looked_s)
+        wait = wait_s(found, file.settle_s)
+        if moving and file.settle_s and wait <= MAX_WAIT_S:
+            if waiting is not None:
+                waiting(wait)
+            time.sleep(wait)
+            before, found = found, _listed(site.dicom)
+            num_read += _update(index, site.dicom, found, progress, num_processes)
+            moving = moved(before, found)
+        announced = announcements_for(site.home, site.dicom)
+        index.note_arriving(
+            arriving_series(index, moving, announced, count_acquisitions=file.arrival.images_in_acquisition)
+        )
+        if progress is not None:
+            progress(len(found), len(found))
+        return _summary(index, file, len(found), num_read)
+
+
+def _listed(root: Path) -> list[Candidate]:
+    found = list(find_files(root))
     if not found:
         raise CohortError(
             "the image folder holds no files",
             remedy="See site.toml (`dicom` or [source]): is the folder mounted, has the PACS such studies?",
         )
+    return found
+
+
+def _update(
+    index: CaseIndex,
+    root: Path,
+    found: list[Candidate],
+    progress: Progress | None,
+    num_processes: int | None,
+) -> int:
+    """Read what changed; how many files that was."""
     listing = _digest(found)
-    with CaseIndex(site.home) as index:
-        index.forget_if_outdated("; ".join(decoder_versions()))
-        num_read = 0
-        if index.setting("listing") != listing:
-            known = index.known_files()
-            changed = [candidate for candidate in found if known.get(candidate.name) != candidate]
-            del known
-            num_read = len(changed)
-            index.remember("listing", "")
-            _read_all(index, site.dicom, changed, len(found), progress, num_processes)
-            index.settle({candidate.name for candidate in found}, listing)
-        if progress is not None:
-            progress(len(found), len(found))
-        return _summary(index, file, len(found), num_read)
+    if index.setting("listing") == listing:
+        return 0
+    known = index.known_files()
+    changed = [candidate for candidate in found if known.get(candidate.name) != candidate]
+    del known
+    index.remember("listing", "")
+    _read_all(index, root, changed, len(found), progress, num_processes)
+    index.settle({candidate.name for candidate in found}, listing)
+    return len(changed)
 
 
 def list_quarantine(home: Path) -> list[QuarantinedContent]:

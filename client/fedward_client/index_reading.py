@@ -8,6 +8,8 @@ rebuilds it field by field (`found_from`), for a file may have taken the sandbox
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import lru_cache
@@ -21,6 +23,8 @@ from fedward_client.dicom.slice_facts import has_more_to_say, read_slice_facts, 
 from fedward_client.dicom.slice_text import slices_to_text
 from fedward_client.dicom.sop_classes import RADIOGRAPHS
 from fedward_client.index_records import ContentRecord, Found
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _MAX_TEXT = 1024
 """Of a value in the header; a longer one is no longer a description, and the index has to stay small."""
@@ -84,6 +88,8 @@ def _record(
         model_name=_text(header.model_name),
         series_number=_integer(header.series_number),
         instance_number=_integer(header.instance_number),
+        acquisition_number=_integer(header.acquisition_number),
+        images_in_acquisition=_integer(header.images_in_acquisition),
         num_frames=_integer(header.num_frames),
         rows=_integer(header.rows),
         columns=_integer(header.columns),
@@ -152,7 +158,16 @@ _SIGNS: Mapping[str, Callable[[object], bool]] = {
     **dict.fromkeys(("burned_in", "recognizable", "identity_removed"), _is_answer),
     **dict.fromkeys(("rows", "columns", "overlay_planes", "num_private"), _is_count),
     **dict.fromkeys(
-        ("says_capture", "capture_device", "overlay_in_pixels", "regions_unusable", "head"), _is_bool
+        (
+            "says_capture",
+            "capture_device",
+            "overlay_in_pixels",
+            "regions_unusable",
+            "head",
+            "colour",
+            "placeless",
+        ),
+        _is_bool,
     ),
 }
 
@@ -163,6 +178,19 @@ _KINDS = tuple(frozenset({type(None), *ContentRecord.kinds(name)}) for name in C
 def found_message(found: Found) -> list[Any]:
     """Put news about one content into JSON's types."""
     return [list(found.record), found.signs, found.slices]
+
+
+def _can_be_kept(value: object) -> bool:
+    """Whether SQLite takes it: whole numbers of 64 bits, finite ones, and text without lone surrogates."""
+    if isinstance(value, str):
+        return value.isascii() or _SURROGATE.search(value) is None
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, str) else 0
 
 
 def found_from(message: Any, known_kind: Callable[[Any], str]) -> Found:
@@ -184,6 +212,8 @@ def found_from(message: Any, known_kind: Callable[[Any], str]) -> Found:
         if reason is not None:
             Reason(reason)
     if not all(type(value) in kinds for value, kinds in zip(record, _KINDS, strict=True)):
+        raise ValueError("not news about a content")
+    if not all(map(_can_be_kept, (*record, signs, slices))) or max(map(_length, record)) > 8 * _MAX_TEXT:
         raise ValueError("not news about a content")
     if not all(text is None or isinstance(text, str) for text in (signs, slices)):
         raise ValueError("not news about a content")

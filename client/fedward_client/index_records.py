@@ -16,7 +16,8 @@ Rule = Literal["radiograph", "image"]
 """Which refusals count: those of radiographs of one grey frame each, or those of every usual image."""
 
 _COUNTS = ("num_frames", "rows", "columns")
-INTEGERS = frozenset(("study_year", "age_years", "series_number", "instance_number", *_COUNTS))
+_NUMBERS = ("series_number", "instance_number", "acquisition_number", "images_in_acquisition")
+INTEGERS = frozenset(("study_year", "age_years", *_NUMBERS, *_COUNTS))
 REALS = frozenset(("row_mm", "column_mm"))
 
 
@@ -59,6 +60,8 @@ class ContentRecord(NamedTuple):
     model_name: str | None = None
     series_number: int | None = None
     instance_number: int | None = None
+    acquisition_number: int | None = None
+    images_in_acquisition: int | None = None
     num_frames: int | None = None
     rows: int | None = None
     columns: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedward_client.index_records import INTEGERS, REALS, ContentRecord
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 """Grows when columns change, when a rule refuses what it used to accept, or when more is kept."""
 
 
@@ -28,6 +28,9 @@ CREATE INDEX IF NOT EXISTS refused_images ON contents (reason) WHERE reason NOT 
 CREATE INDEX IF NOT EXISTS refused_radiographs ON contents (radiograph_reason)
     WHERE radiograph_reason NOT NULL;
 CREATE INDEX IF NOT EXISTS images_by_series ON contents (series) WHERE reason IS NULL;
+CREATE INDEX IF NOT EXISTS images_of_acquisitions ON contents (study)
+    WHERE images_in_acquisition NOT NULL;
+CREATE TABLE IF NOT EXISTS arriving (series TEXT PRIMARY KEY, kind TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS slices (content TEXT PRIMARY KEY, facts TEXT NOT NULL) STRICT;
 """
-TABLES = ("files", "contents", "slices", "signs")
+TABLES = ("files", "contents", "slices", "signs", "arriving")

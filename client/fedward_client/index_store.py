@@ -9,14 +9,15 @@ seldom asked for, the places of slices and the signs that the gate weighs, lies 
 from __future__ import annotations
 
 import os
-import sqlite3
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedward_client import index_schema
 from fedward_client.dicom.refusal import Reason, UnusableImageError
+from fedward_client.index_database import INDEX_FILE as INDEX_FILE
+from fedward_client.index_database import IndexDatabase
 from fedward_client.index_records import (
     IMAGE_COLUMNS,
     ContentRecord,
@@ -25,12 +26,8 @@ from fedward_client.index_records import (
     QuarantinedContent,
     Rule,
 )
-from fedward_client.index_schema import SCHEMA, SCHEMA_VERSION, TABLES
 from fedward_client.labels import LabelKey, columns_of, join_key
 from fedward_client.sources.folder import Candidate
-from fedward_common.errors import CohortError
-
-INDEX_FILE = "index.sqlite"
 
 _REASON: Mapping[Rule, str] = {"radiograph": "radiograph_reason", "image": "reason"}
 _KIND: Mapping[Rule, str] = {"radiograph": "radiograph_kind", "image": "kind"}
@@ -56,6 +53,9 @@ _IMAGE_ENDINGS = (b"", b".dcm", b".dicom", b".ima", b".img")
 class CaseIndex:
     """The index of one site; open it with `with`.
 
+    Attributes:
+        database: for the queries of `index_arrival`.
+
     Args:
         home: the site's home; the file is created in it when absent.
 
@@ -64,17 +64,7 @@ class CaseIndex:
     """
 
     def __init__(self, home: Path) -> None:
-        path = home / INDEX_FILE
-        with _translated():
-            # Created with its mode, not changed to it; SQLite gives its journal the same mode.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-            path.chmod(0o600)
-            self._database = sqlite3.connect(path, timeout=60, isolation_level=None)
-            try:
-                self._make_tables()
-            except sqlite3.Error:
-                self._database.close()
-                raise
+        self.database = IndexDatabase(home)
 
     def __enter__(self) -> CaseIndex:
         return self
@@ -82,19 +72,19 @@ class CaseIndex:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._database.close()
+        self.database.close()
 
     def forget_if_outdated(self, decoders: str) -> None:
         """Drop all when the schema changed, and the quarantine when decoders were installed or updated.
 
-        See `SCHEMA_VERSION` for when that is.
+        See `index_schema.SCHEMA_VERSION` for when that is.
         """
         known = {name: self.setting(name) for name in ("schema", "decoders")}
-        if known == {"schema": SCHEMA_VERSION, "decoders": decoders}:
+        if known == {"schema": index_schema.SCHEMA_VERSION, "decoders": decoders}:
             return
-        with self._transaction():
+        with self.database.transaction():
             self._forget("reason NOT NULL OR radiograph_reason NOT NULL")
-            self._set({"schema": SCHEMA_VERSION, "decoders": decoders, "listing": ""})
+            self._set({"schema": index_schema.SCHEMA_VERSION, "decoders": decoders, "listing": ""})
 
     def forget_other_plans(self, recipe: str) -> None:
         """Drop what may have been refused only because of another plan's window, size or kind of case.
@@ -105,28 +95,28 @@ class CaseIndex:
         if self.setting("recipe") == recipe:
             return
         marks = ", ".join("?" * len(_DEPEND_ON_PLAN))
-        with self._transaction():
+        with self.database.transaction():
             self._forget(f"reason IN ({marks})", *_DEPEND_ON_PLAN)
             self._set({"recipe": recipe, "listing": ""})
 
     def setting(self, name: str) -> str:
         """A text remembered with the index; "" when there is none."""
-        rows = self._rows("SELECT value FROM settings WHERE name = ?", name)
+        rows = self.database.rows("SELECT value FROM settings WHERE name = ?", name)
         return str(rows[0][0]) if rows else ""
 
     def remember(self, name: str, value: str) -> None:
         """Remember a text; it is lost with the index."""
-        with self._transaction():
+        with self.database.transaction():
             self._set({name: value})
 
     def known_files(self) -> dict[bytes, Candidate]:
         """Files that were read and may be passed over when their size and time are unchanged."""
-        rows = self._rows("SELECT name, size, mtime_ns FROM files WHERE content IS NOT NULL")
+        rows = self.database.rows("SELECT name, size, mtime_ns FROM files WHERE content IS NOT NULL")
         return {name: Candidate(name, size, mtime_ns) for name, size, mtime_ns in rows}
 
     def knows(self, content: str) -> bool:
         """Whether a content was parsed before."""
-        return bool(self._rows("SELECT 1 FROM contents WHERE content = ?", content))
+        return bool(self.database.rows("SELECT 1 FROM contents WHERE content = ?", content))
 
     def record(self, records: Sequence[FileRecord]) -> None:
         """Remember what files hold and what was found in contents not seen before, all or nothing."""
@@ -136,8 +126,8 @@ class CaseIndex:
         slices = [(content, found.slices) for content, found in news if found.slices is not None]
         signs = {(found.signs,) for _, found in news if found.signs is not None}
         marks = ", ".join("?" * (1 + len(ContentRecord._fields)))
-        write = self._database.executemany
-        with self._transaction():
+        write = self.database.write_all
+        with self.database.transaction():
             write("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", files)
             write("INSERT OR IGNORE INTO signs (facts) VALUES (?)", sorted(signs))
             # A content met before keeps what was found out since, such as pixels that cannot be decoded.
@@ -157,27 +147,29 @@ class CaseIndex:
                 that the same listing needs no further look. Another process may be indexing too, with an
                 older or newer listing: what it took away is missed here, and the other way round.
         """
-        known = (name for (name,) in self._rows("SELECT name FROM files"))
+        known = (name for (name,) in self.database.rows("SELECT name FROM files"))
         gone = [(name,) for name in known if name not in present]
         kept = "SELECT content FROM files WHERE content NOT NULL"
-        with self._transaction():
-            self._database.executemany("DELETE FROM files WHERE name = ?", gone)
+        with self.database.transaction():
+            self.database.write_all("DELETE FROM files WHERE name = ?", gone)
             for table in ("contents", "slices"):
-                self._database.execute(f"DELETE FROM {table} WHERE content NOT IN ({kept})")  # noqa: S608
+                self.database.write(f"DELETE FROM {table} WHERE content NOT IN ({kept})")  # noqa: S608
             for rule in _REASON:
                 self._judge_shared_uids(rule)
-            (known_and_read,) = self._rows("SELECT COUNT(*), COUNT(content) FROM files")
+            (known_and_read,) = self.database.rows("SELECT COUNT(*), COUNT(content) FROM files")
             whole = known_and_read == (len(present), len(present))
             self._set({"listing": listing if whole else ""})
 
     def quarantine(self, content: str, error: UnusableImageError) -> None:
         """Take one image out of use until its file, the rules or the decoders change."""
         found = (error.reason.value, error.kind)
-        with self._transaction():
-            self._database.execute(
+        with self.database.transaction():
+            self.database.write(
                 "UPDATE contents SET reason = ?, kind = ?, radiograph_reason = ?, radiograph_kind = ?"
                 " WHERE content = ?",
-                (*found, *found, content),
+                *found,
+                *found,
+                content,
             )
 
     def images(self, rule: Rule = "radiograph", *, refused: bool = False) -> list[IndexedImage]:
@@ -191,11 +183,11 @@ class CaseIndex:
 
     def num_contents(self) -> int:
         """Number of distinct contents, usable or not."""
-        return self._count("SELECT COUNT(*) FROM contents")
+        return self.database.count("SELECT COUNT(*) FROM contents")
 
     def num_copies(self) -> int:
         """Files whose content another file, counted already, has too."""
-        return self._count("SELECT COUNT(content) - COUNT(DISTINCT content) FROM files")
+        return self.database.count("SELECT COUNT(content) - COUNT(DISTINCT content) FROM files")
 
     def quarantined(
         self,
@@ -218,7 +210,7 @@ class CaseIndex:
             wanted += f" AND (modality IN ({marks}) OR modality IS NULL)"
             values += modalities
         reason = _REASON[rule]
-        rows = self._rows(
+        rows = self.database.rows(
             f"SELECT content, {reason}, {_KIND[rule]}, COUNT(*), sop_instance, study"  # noqa: S608
             f" FROM contents JOIN files USING (content) WHERE {reason} IS NOT NULL{wanted}"
             " GROUP BY content ORDER BY content",
@@ -233,7 +225,7 @@ class CaseIndex:
         """Number of contents in quarantine, by reason."""
         reason = _REASON[rule]
         return dict(
-            self._rows(
+            self.database.rows(
                 f"SELECT {reason}, COUNT(*) FROM contents WHERE {reason} NOT NULL"  # noqa: S608
                 f" GROUP BY {reason}"
             )
@@ -242,7 +234,7 @@ class CaseIndex:
     def count_by_signs(self, rule: Rule = "radiograph") -> dict[int | None, int]:
         """Number of usable images that have the same facts for the gate, by `IndexedImage.signs_id`."""
         return dict(
-            self._rows(
+            self.database.rows(
                 f"SELECT signs_id, COUNT(*) FROM contents WHERE {_REASON[rule]} IS NULL"  # noqa: S608
                 " GROUP BY signs_id"
             )
@@ -252,7 +244,7 @@ class CaseIndex:
         """Keys of images in quarantine whose header could be read; their label rows are no mistake."""
         keywords = columns_of(key)
         columns = ", ".join(_COLUMN[keyword] for keyword in keywords)
-        rows = self._rows(
+        rows = self.database.rows(
             f"SELECT DISTINCT {columns} FROM contents WHERE {_REASON[rule]} IS NOT NULL"  # noqa: S608
         )
         found = (join_key(dict(zip(keywords, map(_text, row), strict=True)), key) for row in rows)
@@ -260,7 +252,7 @@ class CaseIndex:
 
     def num_unidentified(self, rule: Rule = "radiograph") -> int:
         """Files that may be images but whose UID cannot be read: as many label rows may be theirs."""
-        rows = self._rows(
+        rows = self.database.rows(
             f"SELECT files.name, contents.{_REASON[rule]} FROM files"  # noqa: S608
             " LEFT JOIN contents USING (content)"
             f" WHERE files.content IS NULL OR (contents.{_REASON[rule]} IS NOT NULL"
@@ -271,16 +263,18 @@ class CaseIndex:
 
     def num_unreadable(self) -> int:
         """Files that could not be read at all."""
-        return self._count("SELECT COUNT(*) FROM files WHERE content IS NULL")
+        return self.database.count("SELECT COUNT(*) FROM files WHERE content IS NULL")
 
     def file_names(self) -> dict[str, bytes]:
         """For each content, the first file that holds it. Only for reading that file."""
-        rows = self._rows("SELECT content, MIN(name) FROM files WHERE content NOT NULL GROUP BY content")
+        rows = self.database.rows(
+            "SELECT content, MIN(name) FROM files WHERE content NOT NULL GROUP BY content"
+        )
         return dict(rows)
 
     def num_files_of(self, contents: Collection[str]) -> dict[str, int]:
         """Number of files that hold each of these contents, where it is more than one."""
-        rows = self._rows(
+        rows = self.database.rows(
             "SELECT content, COUNT(*) FROM files WHERE content NOT NULL GROUP BY content HAVING COUNT(*) > 1"
         )
         return {content: count for content, count in rows if content in contents}
@@ -288,7 +282,7 @@ class CaseIndex:
     def refused(self, reasons: Mapping[str, Reason]) -> list[QuarantinedContent]:
         """Contents that something else than the index refused, in the order of their digest."""
         marks = ", ".join("?" * len(reasons))
-        rows = self._rows(
+        rows = self.database.rows(
             f"SELECT content, COUNT(*), sop_instance, study FROM contents JOIN files USING (content)"  # noqa: S608
             f" WHERE content IN ({marks}) GROUP BY content ORDER BY content",
             *reasons,
@@ -300,19 +294,34 @@ class CaseIndex:
 
     def names_of(self, content: str) -> list[bytes]:
         """Every file that holds a content, for the operator who asks for names."""
-        return [name for (name,) in self._rows("SELECT name FROM files WHERE content = ?", content)]
+        return [name for (name,) in self.database.rows("SELECT name FROM files WHERE content = ?", content)]
 
     def unreadable_names(self) -> list[bytes]:
         """Files that could not be read, likewise."""
-        return [name for (name,) in self._rows("SELECT name FROM files WHERE content IS NULL ORDER BY name")]
+        return [
+            name
+            for (name,) in self.database.rows("SELECT name FROM files WHERE content IS NULL ORDER BY name")
+        ]
 
     def signs(self) -> dict[int, str]:
         """Facts for the gate as JSON, by `IndexedImage.signs_id`."""
-        return dict(self._rows("SELECT id, facts FROM signs"))
+        return dict(self.database.rows("SELECT id, facts FROM signs"))
+
+    def note_arriving(self, series: Mapping[str, str]) -> None:
+        """Remember which series are not whole yet, and by what sign; all others are."""
+        if series == self.arriving():
+            return
+        with self.database.transaction():
+            self.database.write("DELETE FROM arriving")
+            self.database.write_all("INSERT INTO arriving VALUES (?, ?)", series.items())
+
+    def arriving(self) -> dict[str, str]:
+        """Series that are not whole yet, and the sign of it; see `index_arrival`."""
+        return dict(self.database.rows("SELECT series, kind FROM arriving"))
 
     def slices_of_series(self, series: str) -> list[tuple[str, str]]:
         """(content, places of its slices as JSON) of the usable images of one series."""
-        return self._rows(
+        return self.database.rows(
             "SELECT content, facts FROM contents JOIN slices USING (content)"
             " WHERE series = ? AND reason IS NULL ORDER BY content",
             series,
@@ -321,62 +330,33 @@ class CaseIndex:
     def _judge_shared_uids(self, rule: Rule) -> None:
         """Two usable images of one UID: nobody knows which is right. Usually there are none."""
         reason, same = _REASON[rule], Reason.SAME_UID.value
-        self._database.execute(
+        self.database.write(
             f"UPDATE contents SET {reason} = NULL WHERE {reason} = ?",  # noqa: S608
-            (same,),
+            same,
         )
-        self._database.execute(
+        self.database.write(
             f"UPDATE contents SET {reason} = ? WHERE {reason} IS NULL AND sop_instance IN ("  # noqa: S608
             f" SELECT sop_instance FROM contents WHERE {reason} IS NULL"
             " GROUP BY sop_instance HAVING COUNT(*) > 1)",
-            (same,),
+            same,
         )
 
     def _images(self, condition: str, *values: str) -> list[IndexedImage]:
         query = f"SELECT content, {', '.join(IMAGE_COLUMNS)} FROM contents WHERE {condition} ORDER BY content"  # noqa: S608
         same: dict[Any, Any] = {}  # one text for each patient, study and scanner, not one for each image
-        with _translated():
-            rows = self._database.execute(query, values)
-            return [
-                IndexedImage(content, *(same.setdefault(value, value) for value in row))
-                for content, *row in rows
-            ]
-
-    def _make_tables(self) -> None:
-        """Make the tables that are absent; those of another schema go, with all that is in them."""
-        self._database.executescript(SCHEMA.partition(";")[0])
-        if self.setting("schema") not in ("", SCHEMA_VERSION):
-            drop = "".join(f"DROP TABLE IF EXISTS {table};" for table in TABLES)
-            self._database.executescript(f"BEGIN IMMEDIATE; {drop} DELETE FROM settings; COMMIT;")  # noqa: S608
-        self._database.executescript(SCHEMA)
+        return [
+            IndexedImage(content, *(same.setdefault(value, value) for value in row))
+            for content, *row in self.database.each(query, *values)
+        ]
 
     def _forget(self, condition: str, *values: str) -> None:
         """Drop contents, and their files so that they are read again."""
         some = f"SELECT content FROM contents WHERE {condition}"  # noqa: S608
         for table in ("files", "slices", "contents"):
-            self._database.execute(f"DELETE FROM {table} WHERE content IN ({some})", values)  # noqa: S608
+            self.database.write(f"DELETE FROM {table} WHERE content IN ({some})", *values)  # noqa: S608
 
     def _set(self, values: Mapping[str, str]) -> None:
-        self._database.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", values.items())
-
-    def _count(self, query: str) -> int:
-        return int(self._rows(query)[0][0])
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with _translated():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                if self._database.in_transaction:  # a full disk ends it by itself
-                    self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
-
-    def _rows(self, query: str, *values: str) -> list[tuple]:  # type: ignore[type-arg]
-        with _translated():
-            return self._database.execute(query, values).fetchall()
+        self.database.write_all("INSERT OR REPLACE INTO settings VALUES (?, ?)", values.items())
 
 
 def _text(value: str | None) -> str:
@@ -386,14 +366,3 @@ def _text(value: str | None) -> str:
 def _called_like_an_image(name: bytes) -> bool:
     _, ending = os.path.splitext(name)  # noqa: PTH122 - names are bytes
     return ending.lower() in _IMAGE_ENDINGS or ending[1:].isdigit()
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        raise CohortError(
-            "the case index cannot be used: damaged, locked, or the disk is full",
-            remedy=f"Free disk space; if it stays, delete HOME/{INDEX_FILE}: it can be made again.",
-        ) from error

@@ -27,7 +27,7 @@ def join(
     kit: Path,
     home: Path,
     dicom: Path | None,
-    labels: Path,
+    labels: Path | None = None,
     threads: int = 0,
     device: Device = "auto",
     source: Path | None = None,
@@ -39,7 +39,7 @@ def join(
         home: new or empty folder for the site.
         dicom: folder with DICOM files; or else
         source: TOML file whose table [source] says where the images are; its other keys are not read.
-        labels: CSV file with the labels.
+        labels: CSV file with the labels; None where they will come from DICOM objects.
         threads: CPU threads for training; 0 uses all cores.
         device: where to train.
 
@@ -53,12 +53,12 @@ def join(
             remedy="Give another folder with --home; a site that has joined needs no second time.",
         )
     images = _images_of(dicom, source)
-    if not labels.is_file():
+    if labels is not None and not labels.is_file():
         raise UsageError(f"{labels} is not a file", remedy="Give the CSV file with the labels: --labels")
     is_new = not home.exists()
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _fill(SiteHome(home), kit, images, labels.absolute(), threads, device)
+        return _fill(SiteHome(home), kit, images, labels and labels.absolute(), threads, device)
     except BaseException as error:
         _clear(home, is_new)
         if isinstance(error, OSError):
@@ -80,7 +80,7 @@ def _clear(home: Path, is_new: bool) -> None:
 
 
 def _fill(
-    home: SiteHome, kit: Path, images: dict[str, Any], labels: Path, threads: int, device: Device
+    home: SiteHome, kit: Path, images: dict[str, Any], labels: Path | None, threads: int, device: Device
 ) -> SiteConfig:
     home.root.chmod(0o700)
     identity = _copy_identity(kit, home.identity)

@@ -4,12 +4,17 @@ The key is `SOPInstanceUID`, `SeriesInstanceUID`, `StudyInstanceUID`, `Accession
 `PatientID` and `StudyDate`, or `PatientID`: the one that the site declares, else the most specific one of
 the file. Other columns are ignored. A mistake is refused with its row as a spreadsheet numbers it; the
 cell itself is never quoted, for a shifted column may hold a name.
+
+What spreadsheets and hospital systems add around a cell is taken off where it means nothing else: blanks,
+invisible characters, empty columns at the right, and ="00123", which keeps a number a text.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
@@ -31,10 +36,13 @@ MAX_LABEL_BYTES = 512 * 2**20
 """A larger label file is refused unread; a million rows take a tenth of it."""
 
 _DELIMITERS = ",;\t"
+_INVISIBLE = "\ufeff\u200b\u200e\u200f\u2060\0"
+_TEXT_FORMULA = re.compile(r'="([^"]*)"')
+_SHORTENED = re.compile(r"[+-]?\d[.,]\d+[eE]\+?\d+", re.ASCII)
 
 
 def read_labels(path: Path, key: LabelKey | None = None) -> LabelFile:
-    """Read a label file: UTF-8 with or without BOM; comma, semicolon or tab, whichever yields the header.
+    """Read a label file: UTF-8, or UTF-16 with BOM; comma, semicolon or tab, whichever yields the header.
 
     Args:
         path: of the file.
@@ -45,17 +53,44 @@ def read_labels(path: Path, key: LabelKey | None = None) -> LabelFile:
             every such row is counted and the first ones are named.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding=_encoding(path), newline="") as file:
             _refuse_too_large(file)
-            reader = csv.reader(file, delimiter=_delimiter(file), strict=True)
-            header = [cell.strip() for cell in next(reader, [])]
+            reader = csv.reader(file, delimiter=_delimiter(file), strict=True, skipinitialspace=True)
+            header = _cells(next(reader, []), 0)
             key_column = _key_column(header, key)
             return LabelFile(key_column, _rows(header, reader, key_column))
-    except (OSError, UnicodeDecodeError, csv.Error):
+    except OSError as error:
+        raise CohortError(
+            f"the label file cannot be read: {error.strerror}",
+            remedy="Correct `labels` in site.toml, and see that this user may read the file.",
+        ) from None  # the exception quotes the path
+    except (UnicodeDecodeError, csv.Error):
         raise CohortError(  # the exception quotes the path or the cell
             "the label file cannot be read as a CSV in UTF-8",
             remedy="Check `labels` in site.toml, and save the table as CSV UTF-8.",
         ) from None
+
+
+def _encoding(path: Path) -> str:
+    """UTF-16 where a byte order mark says so: what Excel calls Unicode text."""
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def _cells(row: list[str], num_columns: int) -> list[str]:
+    """Cells without what means nothing: surrounding blanks, and empty cells beyond the last column."""
+    cells = [_plain(cell) for cell in row]
+    while len(cells) > num_columns and not cells[-1]:
+        del cells[-1]
+    return cells
+
+
+def _plain(cell: str) -> str:
+    if cell.isascii() and "=" not in cell and "\0" not in cell:  # nearly all of them
+        return cell.strip()
+    cell = cell.strip(f"{_INVISIBLE} \t\r\n\u00a0")
+    formula = _TEXT_FORMULA.fullmatch(cell)
+    return formula[1].strip() if formula else cell
 
 
 def _refuse_too_large(file: IO[str]) -> None:
@@ -75,7 +110,7 @@ def _delimiter(file: IO[str]) -> str:
     file.seek(0)
     for delimiter in _DELIMITERS:
         try:
-            header = [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter, strict=True), [])]
+            header = _cells(next(csv.reader([line], delimiter=delimiter, strict=True), []), 0)
         except csv.Error:
             continue
         if "label" in header:
@@ -103,13 +138,15 @@ def _key_reader(header: list[str], key: LabelKey) -> Callable[[list[str]], tuple
         (place,), fault = places, f"empty {key}"
 
         def read_one(cells: list[str]) -> tuple[str, str]:
-            value = cells[place].strip()
+            value = cells[place]
+            if _SHORTENED.fullmatch(value):
+                return "", f"{key} is a number that a spreadsheet has shortened"
             return value, "" if value else fault
 
         return read_one
 
     def read_pair(cells: list[str]) -> tuple[str, str]:
-        values = dict(zip(columns, (cells[place].strip() for place in places), strict=True))
+        values = dict(zip(columns, (cells[place] for place in places), strict=True))
         if not all(values.values()):
             return "", f"empty {next(column for column in columns if not values[column])}"
         if compact_date(values["StudyDate"]) is None:
@@ -127,15 +164,16 @@ def _rows(header: list[str], body: Iterable[list[str]], key_column: LabelKey) ->
     read_key = _key_reader(header, key_column)
     label_place = header.index("label")
     split_place = header.index("split") if "split" in header else None
-    for number, cells in enumerate(body, start=2):
-        if not any(map(str.strip, cells)):
+    for number, row in enumerate(body, start=2):
+        cells = _cells(row, len(header))
+        if not any(cells):
             continue
         if len(cells) != len(header):
             faults.append((number, f"{len(cells)} cells, {len(header)} expected"))
             continue
         key, fault = read_key(cells)
-        label = cells[label_place].strip()
-        split = None if split_place is None else cells[split_place].strip()
+        label = cells[label_place]
+        split = None if split_place is None else cells[split_place]
         first = first_row_of.setdefault(key, number) if key else number
         if fault or not label:
             faults.append((number, fault or "empty label"))

@@ -90,7 +90,7 @@ class LabelJoin:
         ambiguous: rows that find too much.
         without_row: contents of wanted images that no row finds.
         undecided: contents of wanted images that only ambiguous rows find.
-        num_zeros_lost: unmatched rows that would fit if leading zeros were ignored.
+        num_zeros_lost: unmatched rows that would fit if leading zeros or a final .0 were ignored.
     """
 
     key_column: LabelKey
@@ -225,11 +225,11 @@ def _too_much(images: Sequence[Joinable], key: LabelKey) -> str:
 
 
 def _num_zeros_lost(unmatched: Sequence[LabelRow], images_of: Mapping[str, object]) -> int:
-    """Count rows whose number a spreadsheet may have shortened: 00123 becomes 123."""
+    """Count rows whose number a program for tables may have changed: 00123 becomes 123 or 123.0."""
     if not unmatched:
         return 0
     shortened = {key.lstrip("0") for key in images_of}
-    return sum(row.key.lstrip("0") in shortened for row in unmatched)
+    return sum(row.key.removesuffix(".0").lstrip("0") in shortened for row in unmatched)
 
 
 def _remedy_of_unmatched(join: LabelJoin) -> str:
@@ -240,6 +240,6 @@ def _remedy_of_unmatched(join: LabelJoin) -> str:
     if not join.num_zeros_lost:
         return remedy
     return (
-        f"{join.num_zeros_lost} of these rows fit if leading zeros are ignored, which a spreadsheet may have "
-        f"dropped: format the key column as text. Else: {remedy[0].lower()}{remedy[1:]}"
+        f"{join.num_zeros_lost} of these rows fit if leading zeros or a final .0 are ignored, which a "
+        f"spreadsheet may have changed: format the key column as text. Else: {remedy[0].lower()}{remedy[1:]}"
     )

@@ -176,7 +176,8 @@ class _ObjectReader:
         from fedward_client.dicom.sandbox import SiteFile
 
         files = [
-            SiteFile(self._site.dicom, self._names[content], content, question.model_dump_json())
+            # One that vanished while objects were listed has no name, and is refused when it is to be read.
+            SiteFile(self._site.dicom, self._names.get(content, b""), content, question.model_dump_json())
             for content, question in questions.items()
         ]
         for content, outcome in zip(questions, self._sandbox.map(files, "labels"), strict=True):

@@ -18,8 +18,8 @@ approved by rule and the plan's own bounds are the limits.
     strategies = ["fedavg", "fedprox"]
     max_rounds = 20
 
-No rule approves a readiness plan: a small count that one survey holds back is the difference of two surveys
-with slightly different cells, and only a person who reads them can see that.
+No rule approves a readiness plan: cases that come or go between two surveys are the difference of their
+counts, and only a person who knows what changed can see that.
 """
 
 from __future__ import annotations

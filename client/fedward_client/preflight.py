@@ -229,7 +229,13 @@ def _source(site: SiteHome) -> list[Check]:
 
 
 def _labels(site: SiteHome) -> str:
-    path = load_config(site).labels
+    from fedward_client.cohort_file import read_cohort_file
+
+    data, source = load_config(site).site_data(site.root), read_cohort_file(site.root).labels.source
+    if source != "csv":
+        unused = "" if data.label_file is None else "; `labels` in site.toml is not used"
+        return f"come from {source} among the images{unused}; see: fedward-site cohort index"
+    path = data.labels
     try:
         with path.open(encoding="utf-8-sig") as file:
             num_columns = len(file.readline(65_536).split(","))

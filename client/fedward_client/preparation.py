@@ -33,7 +33,7 @@ from fedward_common.errors import CohortError
 from fedward_common.plan import TrainingPlan, TransformPart
 from fedward_common.registry import TRANSFORMS
 
-PREPARATION_VERSION = 1
+PREPARATION_VERSION = 2
 """Part of the key of prepared arrays: it grows when the same files would give other values."""
 
 MAX_DECODERS = 16
@@ -161,6 +161,8 @@ class Preparation:
         if self._colour:
             image = image.transpose(2, 0, 1) if image.ndim == 3 else np.stack([image] * 3)
         prepared: Values = self._preprocess(image).numpy()
+        if not np.isfinite(prepared).all():  # of a decoder that was taken over; one would spoil a whole round
+            raise UnusableImageError(Reason.DISPLAY_VALUES)
         return prepared
 
     def _shown(self, frames: Frames, case: Case) -> Values:

@@ -7,7 +7,8 @@ given only where the operator asks for them at the terminal: a name may be a pat
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedward_client.cohort import asked_modalities
@@ -21,6 +22,9 @@ from fedward_client.pseudonyms import load_pseudonym_key, study_code_of
 from fedward_client.site_data import SiteData
 from fedward_common.errors import CohortError
 
+_MANY_STRAYS = 20
+"""More files than these that do not tell their study make one line for each reason."""
+
 
 @dataclass(frozen=True)
 class QuarantineRow:
@@ -28,7 +32,7 @@ class QuarantineRow:
 
     Args:
         study: pseudonym; of a file that does not tell its study, the digest of its content; "" when the
-            file cannot even be read.
+            file cannot even be read, or when there are many of the kind.
         used: other images of these series are used all the same.
         reason: from the closed list.
         meaning: in one sentence.
@@ -44,6 +48,57 @@ class QuarantineRow:
     num_files: int
     remedy: str
     names: tuple[str, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a site's files amount to, in numbers.
+
+    Args:
+        num_images: distinct usable images, whether or not the cohort wants them.
+        quarantined: reason -> files that are not used.
+        left_out: reason -> files that are left out of volumes that are used.
+    """
+
+    num_images: int
+    quarantined: Mapping[str, int]
+    left_out: Mapping[str, int]
+
+    @property
+    def num_quarantined(self) -> int:
+        """Files that are not used."""
+        return sum(self.quarantined.values())
+
+    @property
+    def num_left_out(self) -> int:
+        """Files that are left out of volumes that are used."""
+        return sum(self.left_out.values())
+
+
+def standing_of(site: SiteData) -> Standing:
+    """Count what `quarantine_rows` lists.
+
+    Raises:
+        CohortError: the index cannot be read.
+        UsageError: HOME/cohort.toml is not sound.
+    """
+    file = read_cohort_file(site.home)
+    with CaseIndex(site.home) as index:
+        selected = select_units(index, file, asked_modalities(file, None))
+        refused = [*selected.quarantined, *_refused_labels(site, index, file, selected)]
+        unread = _unread(site, index)
+    used = {content for unit in selected.units for content, _ in unit.parts}
+    quarantined = _count(refused)
+    for reason, names in unread.items():
+        quarantined[reason.value] += len(names)
+    return Standing(len(used) + len(selected.others), quarantined, _count(selected.left_out))
+
+
+def _count(entries: Iterable[QuarantinedContent]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for entry in entries:
+        counts[entry.reason.value] += entry.num_files
+    return counts
 
 
 def quarantine_rows(site: SiteData, *, names: bool = False) -> list[QuarantineRow]:
@@ -63,19 +118,32 @@ def quarantine_rows(site: SiteData, *, names: bool = False) -> list[QuarantineRo
     with CaseIndex(site.home) as index:
         selected = select_units(index, file, asked_modalities(file, None))
         refused = (*selected.quarantined, *_refused_labels(site, index, file, selected))
+        strays = Counter(entry.reason for entry in refused if not entry.study)
         for used, listed in ((False, refused), (True, selected.left_out)):
             for entry in listed:
                 study = study_code_of(key, entry.study) if entry.study else entry.content
+                if not entry.study and strays[entry.reason] > _MANY_STRAYS:
+                    study = ""
                 groups[study, used, entry.reason, entry.kind].append(entry)
         rows = []
         for (study, used, reason, kind), entries in sorted(groups.items()):
             found = {name for entry in entries for name in (index.names_of(entry.content) if names else ())}
             num_files = sum(entry.num_files for entry in entries)
             rows.append(_row(study, reason, kind, num_files, found, used=used))
-        unreadable = index.unreadable_names()
-    if unreadable:
-        rows.append(_row("", Reason.UNREADABLE, "", len(unreadable), set(unreadable if names else ())))
+        unread = _unread(site, index)
+    rows += [
+        _row("", reason, "", len(found), set(found if names else ())) for reason, found in unread.items()
+    ]
     return rows
+
+
+def _unread(site: SiteData, index: CaseIndex) -> dict[Reason, list[bytes]]:
+    """Names of files that could not be read: some may not be, others are no longer there."""
+    found: dict[Reason, list[bytes]] = {}
+    for name in index.unreadable_names():
+        is_there = os.path.lexists(os.path.join(os.fsencode(site.dicom), name))  # noqa: PTH118 - bytes
+        found.setdefault(Reason.UNREADABLE if is_there else Reason.CHANGED, []).append(name)
+    return found
 
 
 def _row(

@@ -9,8 +9,9 @@ Patients of two sites are never compared: nothing here could tell that one of th
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -21,9 +22,17 @@ from numpy.typing import NDArray
 from fedward_client.cohort import Case, open_cohort
 from fedward_client.index import Progress, index_folder
 from fedward_client.index_store import CaseIndex
+from fedward_client.readiness_told import (
+    TOLD,
+    check_told,
+    counted,
+    held_back_tables,
+    remember_survey,
+)
 from fedward_client.site_data import SiteData
 from fedward_client.suppression import protected
 from fedward_common.errors import CohortError
+from fedward_common.files import write_atomically
 from fedward_common.readiness_plan import IntensityPart, ReadinessPlan, SurveyPart
 from fedward_common.readiness_state import (
     CASE_WEIGHT,
@@ -41,6 +50,8 @@ if TYPE_CHECKING:
     from fedward_client.dicom.sandbox import Outcome
 
 Counts = NDArray[np.int64]
+
+FINDINGS_FILE = "findings.json"
 
 _MOST_DECODERS = 4
 _FILES_A_DECODER = 100  # a process takes about a second to start
@@ -71,11 +82,13 @@ def survey(plan: ReadinessPlan, site: SiteData, *, min_cases: int, progress: Pro
 
     Raises:
         CohortError: folder, index or labels cannot be used, or no case can be decoded.
+        TooCloseError: the answer could be subtracted from an earlier one about slightly other cases.
     """
     from fedward_client.dicom.refusal import Reason
 
     with CaseIndex(site.home) as index:
         index.forget_other_plans(f"survey in {plan.survey.intensity.units} units")
+    floor = max(min_cases, plan.privacy.min_cases)
     index_folder(site)
     cohort = open_cohort(site, plan.data, plan.task.labels, torn_patients=True)
     with CaseIndex(site.home) as index:
@@ -88,14 +101,43 @@ def survey(plan: ReadinessPlan, site: SiteData, *, min_cases: int, progress: Pro
             "no case of the cohort can be decoded",
             remedy="See what is in quarantine and why: fedward-site cohort quarantine",
         )
-    floor = max(min_cases, plan.privacy.min_cases)
+    check_told(plan.data, site, counted([each.case for each in cases], floor), floor, trains=False)
     num_refused = len(cohort.quarantined) + len(undecoded)
     # Who a refused image is of is often not known; a study is the least that one patient has.
     is_told = cohort.num_rejected(undecoded) >= floor
-    return released(plan, cases, num_refused=num_refused if is_told else 0, floor=floor)
+    _write_findings(site, cases)
+    besides = held_back_tables(plan, site)
+    state = released(plan, cases, num_refused=num_refused if is_told else 0, floor=floor, held_back=besides)
+    remember_survey(plan, site, besides)
+    return state
 
 
-def released(plan: ReadinessPlan, cases: Sequence[SurveyedCase], *, num_refused: int, floor: int) -> State:
+def _write_findings(site: SiteData, cases: Sequence[SurveyedCase]) -> None:
+    """Name to the site's operator, by case id, what the coordinator learns as a number at most."""
+    same: dict[bytes, list[str]] = defaultdict(list)
+    of_patient: dict[str, list[str]] = defaultdict(list)
+    torn = _torn_patients(cases)
+    for each in cases:
+        same[each.pixels].append(each.case.case_id)
+        if each.case.patient in torn:
+            of_patient[each.case.patient].append(each.case.case_id)
+    findings = {
+        "same_pixels": [sorted(ids) for ids in same.values() if len(ids) > 1],
+        "on_two_sides": [sorted(ids) for ids in of_patient.values()],
+    }
+    folder = site.home / TOLD
+    folder.mkdir(mode=0o700, exist_ok=True)
+    write_atomically(folder / FINDINGS_FILE, json.dumps(findings, indent=1).encode())
+
+
+def released(
+    plan: ReadinessPlan,
+    cases: Sequence[SurveyedCase],
+    *,
+    num_refused: int,
+    floor: int,
+    held_back: Collection[str] = (),
+) -> State:
     """Count cases, and hold back what is about too few patients; zeros when that is everything.
 
     Args:
@@ -103,15 +145,17 @@ def released(plan: ReadinessPlan, cases: Sequence[SurveyedCase], *, num_refused:
         cases: every usable case of the site.
         num_refused: images in quarantine.
         floor: least number of patients behind a released number.
+        held_back: tables of which nothing may be told.
     """
     nothing = empty_survey(plan)
     torn = _torn_patients(cases)
     same = {pixels for pixels, count in Counter(each.pixels for each in cases).items() if count > 1}
-    cases = thinned(cases, floor)
+    kept = {case.case_id for case in counted([each.case for each in cases], floor)}
+    cases = [each for each in cases if each.case.case_id in kept]
     members: dict[str, int] = {}
     for each in cases:
         members.setdefault(each.case.patient, len(members))
-    if len(members) < floor:
+    if len(members) < 2 * floor - 1:  # fewer could make a table that cannot be held back alone
         return nothing
     patient_of = np.array([members[each.case.patient] for each in cases], dtype=np.int64)
     tables = {
@@ -120,56 +164,16 @@ def released(plan: ReadinessPlan, cases: Sequence[SurveyedCase], *, num_refused:
     }
     tables["intensity"] = _intensities(patient_of, cases, len(nothing["intensity"]), len(members))
     tables["torn"] = np.array([[name in torn, name not in torn] for name in members], dtype=np.int64)
-    told = {name: protected(amounts, floor) for name, amounts in tables.items()}
+    told = {name: protected(amounts, floor) for name, amounts in tables.items() if name != "label"}
+    told["label"] = protected(tables["label"], floor, _rare_labels(patient_of, cases, tables["label"], floor))
     told["label_patients"] = _told_label_patients(tables["label"], told["label"], floor)
-    if any(cells is None for cells in told.values()):
-        return nothing
-    state = nothing | {name: cells for name, cells in told.items() if cells is not None}
+    # A table is held back alone: were it all or nothing, a survey without that table would tell on it.
+    state = nothing | {
+        name: cells for name, cells in told.items() if cells is not None and name not in held_back
+    }
     state["num_cases"][0], state["num_patients"][0] = len(cases), len(members)
     state["refused"][0] = num_refused if num_refused >= floor else 0
     return state
-
-
-def thinned(cases: Sequence[SurveyedCase], floor: int) -> list[SurveyedCase]:
-    """Leave out further cases of patients who have several, or of several labels, wherever few have.
-
-    Cases less patients is a number too, in all and for each label: a difference of one would say that one
-    patient was examined twice, and with which label. And where all are known to have two cases, a label's
-    cases less twice its patients would be those of few who have two labels.
-
-    Args:
-        cases: of the site, in an order that does not depend on what they show.
-        floor: least number of patients of a label who have several cases, or several labels, unless none has.
-    """
-    kept = list(cases)
-    while True:
-        labels_of: dict[str, list[int]] = defaultdict(list)
-        for each in kept:
-            labels_of[each.case.patient].append(each.case.label)
-        mixed = _few(labels_of, floor, lambda labels: len(set(labels)) > 1)
-        several = _few(labels_of, floor, lambda labels: len(labels) > 1)
-        if not (mixed or several):
-            return kept
-        met: set[str] = set()
-        fewer = []
-        for each in kept:
-            patient, label = each.case.patient, each.case.label
-            if patient in several:
-                is_kept = patient not in met
-            else:
-                is_kept = patient not in mixed or label == labels_of[patient][0]
-            met.add(patient)
-            fewer += [each] * is_kept
-        kept = fewer
-
-
-def _few(labels_of: Mapping[str, list[int]], floor: int, concerns: Callable[[list[int]], bool]) -> set[str]:
-    """Patients whose labels are of a kind that, for some label, fewer than the floor have."""
-    having: dict[int, set[str]] = defaultdict(set)
-    for patient, labels in labels_of.items():
-        for label in set(labels) if concerns(labels) else ():
-            having[label].add(patient)
-    return set().union(*(patients for patients in having.values() if len(patients) < floor))
 
 
 def _cells(plan: ReadinessPlan, cases: Sequence[SurveyedCase], same: Collection[bytes]) -> dict[str, Counts]:
@@ -216,6 +220,35 @@ def _intensities(
     for patient, each in zip(patient_of, cases, strict=True):
         amounts[patient] += each.intensity
     return amounts
+
+
+def _rare_labels(
+    patient_of: Counts, cases: Sequence[SurveyedCase], by_label: Counts, floor: int
+) -> list[int]:
+    """Labels to hold back because of what metrics tell of the sides of the division.
+
+    Metrics tell the labels of validation and test, unless one is rare there (`evaluation.state.suppressed`).
+    All cases of a label less those are the cases on training and on the sides not told. Few patients may
+    have such, even if many have the label; so these sides together are held to the same rule as all.
+    """
+    label_of = np.array([each.case.label for each in cases], dtype=np.int64)
+    side_of = np.array([SIDES.index(each.case.split) for each in cases], dtype=np.int64)
+    counts = [
+        np.bincount(label_of[side_of == side], minlength=by_label.shape[1]) for side in range(len(SIDES))
+    ]
+    unseen = [side for side, found in enumerate(counts) if side == 0 or ((found > 0) & (found < floor)).any()]
+    chosen = np.isin(side_of, unseen)
+    tables = (by_label, _table(patient_of[chosen], label_of[chosen], by_label.shape[1], len(by_label)))
+    hidden: set[int] = set()
+    while True:
+        found = set(hidden)
+        for amounts in tables:
+            sums = amounts.sum(axis=0)
+            told = protected(amounts, floor, sorted(found))
+            found |= set(np.flatnonzero(sums != (0 * sums if told is None else told)).tolist())
+        if found == hidden:
+            return sorted(hidden)
+        hidden = found
 
 
 def _label_patients(by_label: Counts) -> Counts:

@@ -2,8 +2,9 @@
 
 What the site declares as its cohort, labelled or not, without excluded cases, and the segmentations,
 reports and structure sets of the same studies. Every copy is made and proven by `dicom/deidentify.py`
-before it is written; a file of which there is no copy stands in the report with a reason. Pixels of
-compressed files are decoded in the sandbox.
+before it is written; a file of which there is no copy stands in the report with a reason. Many files are
+copied by several confined processes, and compressed pixels are decoded in another one. An export that was
+stopped goes on where it was (`export_folder.py`).
 
 Reports name a file by its content's digest and its study's pseudonym; file names, which may name
 patients, are for the operator's terminal only.
@@ -11,11 +12,15 @@ patients, are for the operator's terminal only.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -26,23 +31,37 @@ from fedward_client.cohort import asked_modalities
 from fedward_client.cohort_file import read_cohort_file
 from fedward_client.cohort_units import select_units
 from fedward_client.dicom.byte_scan import Leak
+from fedward_client.dicom.copy_answers import CopyQuestion, NeedsDecodingError
 from fedward_client.dicom.copy_pixels import PixelChange
 from fedward_client.dicom.deidentify import (
     WITHOUT_PICTURE,
     ExportOptions,
     IdentifierLeftError,
+    SafeCopy,
     make_copy,
 )
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.sandbox import DecodeSandbox, SiteFile
 from fedward_client.exclusions import is_excluded, read_exclusions
+from fedward_client.export_folder import ExportFolder, KeptCopy
 from fedward_client.index_records import IndexedImage
 from fedward_client.index_store import CaseIndex
 from fedward_client.pseudonyms import load_pseudonym_key, study_code_of
 from fedward_client.site_data import SiteData
 from fedward_client.sources.folder import read_content
 from fedward_common.errors import CohortError, StorageError, UsageError
-from fedward_common.files import write_new
+
+_COPY_VERSION = 1
+"""Grows when the same file would get another copy."""
+
+_FILES_A_PROCESS = 40
+"""Starting a process takes as long as copying so many small files."""
+
+_MAX_PROCESSES = 8
+_COPY_BYTES = 4 * 2**30
+"""Address space of a process: copying holds a file several times over."""
+
+_COPY_S = 100.0
 
 Progress = Callable[[int, int], None]
 """Called with (files done, files in all)."""
@@ -95,9 +114,21 @@ class FileReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What became of all files, in the order of their content."""
+    """What became of the files.
+
+    Args:
+        files: those that were settled, in the order of their content.
+        num_files: to be exported.
+        num_kept: of which a copy was there from an earlier run.
+        num_withdrawn: copies of an earlier run that were deleted, because their files left the cohort.
+        stopped: by Ctrl-C, before all were settled.
+    """
 
     files: tuple[FileReport, ...]
+    num_files: int
+    num_kept: int = 0
+    num_withdrawn: int = 0
+    stopped: bool = False
 
     @property
     def written(self) -> tuple[FileReport, ...]:
@@ -138,14 +169,14 @@ def export_cohort(
 
     Args:
         site: whose.
-        out: folder, new or empty, outside the image folder.
+        out: folder outside the image folder: new, empty, or of a run with the same options that was stopped.
         options: what stays; its gate is replaced by the site's own.
         progress: told after each file.
 
     Raises:
         CohortError: nothing is in the cohort, or the index cannot be read.
-        StorageError: the folder is not empty or cannot be written, or the disk is full.
-        UsageError: HOME/cohort.toml is not sound.
+        StorageError: something else is in the folder, it cannot be written, or the disk is full.
+        UsageError: HOME/cohort.toml is not sound, or another export into the folder is running.
     """
     if site.dicom.resolve() in [out.resolve(), *out.resolve().parents]:
         raise StorageError(
@@ -154,7 +185,26 @@ def export_cohort(
         )
     files = files_of_cohort(site)
     own = options.model_copy(update={"gate": read_cohort_file(site.home).gate})
-    return export(files, site.dicom, out, load_pseudonym_key(site.home), own, progress)
+    key = load_pseudonym_key(site.home)
+    with ExportFolder(site.home, out, settings_digest(key, own)) as folder:
+        return export(files, site.dicom, folder, key, own, progress)
+
+
+def settings_digest(key: bytes, options: ExportOptions) -> str:
+    """Digest of all that decides how a copy looks: options, gate, key and rules."""
+    versions = [f"{name} {metadata.version(name)}" for name in ("fedward", "pydicom", "dicom-anonymizer")]
+    said = json.dumps([_COPY_VERSION, *versions, _in_order(options.model_dump(mode="json"))], sort_keys=True)
+    return hmac.new(key, b"fedward|export settings|" + said.encode(), hashlib.sha256).hexdigest()
+
+
+def _in_order(value: object) -> object:
+    """Sets have come out as lists in any order."""
+    if isinstance(value, dict):
+        return {name: _in_order(each) for name, each in value.items()}
+    if isinstance(value, list):
+        parts = [_in_order(each) for each in value]
+        return sorted(parts, key=str) if all(isinstance(each, str) for each in parts) else parts
+    return value
 
 
 def files_of_cohort(site: SiteData) -> list[ExportFile]:
@@ -181,7 +231,8 @@ def files_of_cohort(site: SiteData) -> list[ExportFile]:
             remedy="See what is in quarantine and why: fedward-site cohort quarantine",
         )
     return [
-        ExportFile(content, names[content], study_code_of(key, found[content].study))
+        # One that vanished while it was selected has no name, and is refused when it is to be read.
+        ExportFile(content, names.get(content, b""), study_code_of(key, found[content].study))
         for content in sorted(found)
     ]
 
@@ -194,48 +245,102 @@ def _objects(index: CaseIndex, studies: dict[str, str]) -> Iterable[IndexedImage
 def export(
     files: Sequence[ExportFile],
     root: Path,
-    out: Path,
+    folder: ExportFolder,
     key: bytes,
     options: ExportOptions,
     progress: Progress | None = None,
+    *,
+    num_processes: int | None = None,
 ) -> ExportReport:
-    """Write a proven safe copy of every file that may leave.
+    """Write a proven safe copy of every file that may leave and has none yet.
+
+    Ctrl-C ends it between two files; the report then says so.
 
     Args:
-        files: below `root`; read one at a time.
+        files: below `root`.
         root: the image folder.
-        out: folder, new or empty.
+        folder: for the copies, opened.
         key: the site's secret of 32 bytes; the same key gives the same pseudonyms.
         options: what stays.
         progress: told after each file.
+        num_processes: that make copies; 0 for this one, by default as many as are worth their start.
 
     Raises:
-        StorageError: the folder is not empty or cannot be written, or the disk is full.
+        StorageError: a copy cannot be written, or the disk is full.
     """
-    _make_folder(out)
-    reports = []
+    num_withdrawn = folder.keep_only(frozenset(file.content for file in files))
+    found = {file.content: folder.kept(file.content) for file in files}
+    reports = {
+        file.content: _report(file, kept) for file in files if (kept := found[file.content]) is not None
+    }
+    num_kept = len(reports)
+    missing = [file for file in files if file.content not in reports]
+    stopped = False
+    try:
+        with closing(_copies(missing, root, key, options, num_processes)) as copies:
+            for file, copy in zip(missing, copies, strict=True):
+                reports[file.content] = _settled(file, copy, folder)
+                if progress is not None:
+                    progress(len(reports), len(files))
+    except KeyboardInterrupt:
+        stopped = True
+    done = [reports[file.content] for file in files if file.content in reports]
+    return ExportReport(tuple(done), len(files), num_kept, num_withdrawn, stopped=stopped)
+
+
+def _settled(file: ExportFile, copy: SafeCopy | UnusableImageError, folder: ExportFolder) -> FileReport:
+    try:
+        if isinstance(copy, UnusableImageError):
+            raise copy
+        return _report(file, folder.write(file.content, copy))
+    except UnusableImageError as error:
+        leaks = error.leaks if isinstance(error, IdentifierLeftError) else ()
+        return FileReport(file, reason=error.reason, kind=error.kind, leaks=leaks)
+
+
+def _report(file: ExportFile, kept: KeptCopy) -> FileReport:
+    return FileReport(
+        file,
+        kept.copy,
+        pixels=kept.pixels,
+        num_searched=kept.num_searched,
+        num_not_searched=kept.num_not_searched,
+    )
+
+
+def _copies(
+    files: Sequence[ExportFile], root: Path, key: bytes, options: ExportOptions, num_processes: int | None
+) -> Generator[SafeCopy | UnusableImageError, None, None]:
+    """Make the copies, in the order of the files."""
+    if not files:
+        return
+    if num_processes is None:
+        most = min(len(os.sched_getaffinity(0)), _MAX_PROCESSES)
+        num_processes = max(1, min(most, len(files) // _FILES_A_PROCESS))  # never here: files are foreign
     with ExitStack() as resources:
         decoders = _Decoders(root, resources)
-        for number, file in enumerate(files, start=1):
+
+        def make(file: ExportFile) -> SafeCopy | UnusableImageError:
             try:
-                copy = make_copy(_read(root, file), key, options, partial(decoders.decode, file))
-                _write(out / copy.name, copy.data, out)
+                return make_copy(_read(root, file), key, options, partial(decoders.decode, file))
             except UnusableImageError as error:
-                leaks = error.leaks if isinstance(error, IdentifierLeftError) else ()
-                reports.append(FileReport(file, reason=error.reason, kind=error.kind, leaks=leaks))
+                return error
+
+        if num_processes == 0:
+            yield from map(make, files)
+            return
+        sandbox = resources.enter_context(
+            DecodeSandbox(num_processes, memory_bytes=_COPY_BYTES, cpu_s=_COPY_S)
+        )
+        question = CopyQuestion(key=key.hex(), options=options).model_dump_json()
+        asked = (SiteFile(root, file.name, file.content, question) for file in files)
+        for file, outcome in zip(files, sandbox.map(asked, "copy"), strict=True):
+            if isinstance(outcome, NeedsDecodingError):
+                yield make(file)
+            elif isinstance(outcome, SafeCopy | UnusableImageError):
+                yield outcome
             else:
-                reports.append(
-                    FileReport(
-                        file,
-                        copy.name,
-                        pixels=copy.pixels,
-                        num_searched=copy.num_searched,
-                        num_not_searched=copy.num_not_searched,
-                    )
-                )
-            if progress is not None:
-                progress(number, len(files))
-    return ExportReport(tuple(reports))
+                yield UnusableImageError(Reason.CHANGED)
 
 
 class _Decoders:
@@ -267,34 +372,3 @@ def _read(root: Path, file: ExportFile) -> bytes:
     if content.data is None:
         raise UnusableImageError(Reason.TOO_LARGE)
     return content.data
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(mode=0o700, exist_ok=True)
-        if any(out.iterdir()):
-            raise StorageError(
-                "the folder for the copies is not empty",
-                remedy="Name a new folder: copies of different exports must not be mixed.",
-            )
-        out.chmod(0o700)
-    except OSError as error:
-        raise StorageError(
-            f"the folder for the copies cannot be made: {os.strerror(error.errno or 0)}",
-            remedy="Name a folder in a place where this user may write.",
-        ) from error
-
-
-def _write(path: Path, data: bytes, out: Path) -> None:
-    """Write one copy, with private folders on the way."""
-    try:
-        for folder in reversed([each for each in path.parents if out in each.parents]):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        write_new(path, data)
-    except FileExistsError:
-        raise UnusableImageError(Reason.SAME_UID) from None
-    except OSError as error:
-        raise StorageError(
-            f"a copy cannot be written: {os.strerror(error.errno or 0)}",
-            remedy="Free disk space and export again into a new folder.",
-        ) from error

@@ -247,7 +247,10 @@ class SiteSession:
         declaration = self._settings.data.declaration()
         if self._opened == (self._worker.pid, signed.digest, declaration):
             return
-        header, _ = self._ask({"op": "open", **self._place(signed)})
+        floor = self._door.floor(signed.plan)
+        header, _ = self._ask({"op": "open", **self._place(signed), "min_cases": floor})
+        if header.get("left_out"):  # for the operator: the coordinator's counts are without them
+            self._report("cases_left_out", num_cases=int(header["left_out"]))
         self._opened = (self._worker.pid, signed.digest, declaration)
         self._counts = {name: int(header["counts"].get(name, 0)) for name in _COUNTS}
 
@@ -259,7 +262,7 @@ class SiteSession:
             "plan": signed.content.model_dump(mode="json"),
             "home": str(data.home),
             "dicom": str(data.dicom),
-            "labels": str(data.labels),
+            "labels": None if data.label_file is None else str(data.label_file),
             "threads": self._settings.threads,
             "device": self._settings.device,
         }

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedward_client.config import SiteHome
 from fedward_client.outbound import OutboundDoor
+from fedward_client.readiness_told import forget_told
 from fedward_client.session import SiteSession, SiteSettings, SiteWorker
 from fedward_client.site_data import SiteData
 from fedward_client.site_failures import SiteFailures
@@ -125,6 +126,7 @@ def simulated_session(
     """Make a session that accepts every plan; the site's home is made if absent."""
     home = settings.data.home
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    forget_told(home)
     door = OutboundDoor(settings.name, sign, AuditLog(home / "audit.jsonl").append)
     return SiteSession(settings, _OpenGate(), door, worker, _SiteLog(SiteHome(home).log, settings.name))
 

@@ -10,6 +10,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedward_common.errors import CohortError
+
 COHORT_FILE = "cohort.toml"
 EXCLUSION_FILE = "excluded.json"
 
@@ -21,12 +23,29 @@ class SiteData:
     Args:
         home: the site's own folder (index, pseudonym key, cache); readable by its owner alone.
         dicom: folder with DICOM files, any names, any depth; only ever read.
-        labels: CSV file; see `labels.py` for its columns.
+        label_file: CSV file, see `labels.py` for its columns; None where labels come from DICOM objects.
+        min_patients: least number of patients behind a number that leaves; 1 where none does.
     """
 
     home: Path
     dicom: Path
-    labels: Path
+    label_file: Path | None
+    min_patients: int = 1
+
+    @property
+    def labels(self) -> Path:
+        """The label file.
+
+        Raises:
+            CohortError: the site names none.
+        """
+        if self.label_file is None:
+            raise CohortError(
+                "labels come from a CSV file, and site.toml names none",
+                remedy="Give `labels` in HOME/site.toml; or, if DICOM objects hold them, declare those under"
+                " [labels] in HOME/cohort.toml.",
+            )
+        return self.label_file
 
     def declaration(self) -> str:
         """Digest of what the operator says may be used: what is open since before a change is out of date."""

@@ -29,9 +29,14 @@ def survey_rows(plan: ReadinessPlan) -> list[tuple[str, str]]:
             "whether a patient is known at another site too: patients of two sites are never compared",
         ),
         (
+            "Several plans",
+            "a survey and training count the same cases; a side of the division with too few patients is in"
+            " neither; cells that differ from an earlier survey's are held back, and a plan for slightly"
+            " other cases is not answered",
+        ),
+        (
             "Beware",
-            "two surveys with slightly different cells can be subtracted, and so can a survey and what a"
-            " training plan tells of the same cases: approve few, and compare them",
+            "cases that come or go between two plans are the difference of their numbers: approve few",
         ),
     ]
 

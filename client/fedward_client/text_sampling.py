@@ -69,7 +69,8 @@ def sample_text(site: SiteData, num_pictures: int, progress: Progress | None = N
             remedy="See what is in quarantine and why: fedward-site cohort quarantine",
         )
     drawn = secrets.SystemRandom().sample(pictures, min(num_pictures, len(pictures)))
-    files = [SiteFile(site.dicom, names[content], content) for _, content, _ in drawn]
+    # One that vanished while it was selected has no name, and cannot be read any more.
+    files = [SiteFile(site.dicom, names.get(content, b""), content) for _, content, _ in drawn]
     read = []
     with DecodeSandbox(1) as sandbox:
         outcomes = sandbox.map(files, "frames")

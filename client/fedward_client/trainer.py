@@ -183,9 +183,9 @@ def _batches(cases: CaseSet, job: TrainingJob, compute: Compute) -> Iterator[tup
         for position, indices in enumerate(batches):
             progress = (epoch + position / len(batches)) / training.local_epochs
             rate = learning_rate_at(training, job.plan.rounds, job.round_index, progress)
+            images = cases.images[indices].to(compute.device)
             if position + 1 < len(batches):
                 cases.will_need(batches[position + 1])
-            images = cases.images[indices].to(compute.device)
             if augment is not None:
                 images = augment(images, changes)
             yield rate, compute.place_batch(images), cases.labels[indices].to(compute.device)

@@ -82,7 +82,12 @@ class Worker:
         from fedward_common.models import build_model, layout_of
 
         plan = parse_plan(request["plan"])
-        site = SiteData(Path(request["home"]), Path(request["dicom"]), Path(request["labels"]))
+        site = SiteData(
+            Path(request["home"]),
+            Path(request["dicom"]),
+            _path(request["labels"]),
+            request.get("min_cases", 1),
+        )
         if request["threads"] > 0:  # 0, the default of a site's settings: all cores, as PyTorch begins
             torch.set_num_threads(request["threads"])
         splits = DATASETS.load(plan.data.dataset)(plan, site)
@@ -98,14 +103,17 @@ class Worker:
             strategy_hook=strategy.adjust_gradients(plan.strategy.options),
         )
         counts = {name: len(getattr(splits, name).labels) for name in ("train", "validation", "test")}
-        return {"counts": counts | {"quarantined": splits.num_quarantined}}, b""
+        return {
+            "counts": counts | {"quarantined": splits.num_quarantined},
+            "left_out": splits.num_left_out,
+        }, b""
 
     def _survey(self, request: dict[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
         from fedward_client.readiness import survey
         from fedward_common.state_payload import pack_state
 
         plan = readiness_plan(parse_any_plan(request["plan"]))
-        site = SiteData(Path(request["home"]), Path(request["dicom"]), Path(request["labels"]))
+        site = SiteData(Path(request["home"]), Path(request["dicom"]), _path(request["labels"]))
         return {}, pack_state(survey(plan, site, min_cases=int(request["min_cases"])), plan)
 
     def _initial(self, request: dict[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
@@ -183,6 +191,10 @@ _CODES: dict[type[FederationError], RefusalCode] = {
     OutboundError: RefusalCode.OUTBOUND_BLOCKED,
     EvaluationError: RefusalCode.TRAINING_DIVERGED,
 }
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def code_of(error: BaseException, otherwise: RefusalCode = RefusalCode.TRAINING_FAILED) -> RefusalCode:

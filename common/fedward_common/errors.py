@@ -181,7 +181,9 @@ _MEANINGS: dict[RefusalCode, str] = {
     RefusalCode.BASE_MISMATCH: "the model received does not match its digest",
     RefusalCode.PAYLOAD_MALFORMED: "the message received does not have the form in the plan",
     RefusalCode.COHORT_UNUSABLE: "the site's images or labels cannot be used for this plan",
-    RefusalCode.COHORT_TOO_SMALL: "the site has fewer cases than the plan or its policy requires",
+    RefusalCode.COHORT_TOO_SMALL: (
+        "the site has fewer cases than the plan or its policy requires, or few others than in an earlier plan"
+    ),
     RefusalCode.TRAINING_FAILED: "training failed for a reason recorded only in the site's own log",
     RefusalCode.TRAINING_DIVERGED: "training produced numbers that are not finite",
     RefusalCode.OUT_OF_MEMORY: "the site ran out of memory",

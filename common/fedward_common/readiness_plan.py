@@ -78,11 +78,12 @@ class SurveyPrivacy(Part):
     """Bounds on what may leave a site. A site's own policy may only tighten them.
 
     Attributes:
-        min_cases: least number of patients, and so of cases, behind any released number.
+        min_cases: least number of patients, and so of cases, behind any released number; with two, whatever
+            is held back would be one.
         max_cases: a site may not claim more cases than this.
     """
 
-    min_cases: int = Field(default=5, ge=2)
+    min_cases: int = Field(default=5, ge=3)
     max_cases: int = Field(default=1_000_000, ge=1, le=2**24)
 
 

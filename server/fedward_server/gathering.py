@@ -12,6 +12,19 @@ from fedward_server.fleet import Fleet, Question, RunStoppedError
 
 _APPROVAL_PAUSE_S = 1.0
 
+NEVER_READY = frozenset(
+    {
+        RefusalCode.PLAN_SIGNATURE,
+        RefusalCode.PLAN_FEDERATION,
+        RefusalCode.PLAN_EXPIRED,
+        RefusalCode.PLAN_REPLAYED,
+        RefusalCode.PLAN_UNSUPPORTED,
+        RefusalCode.COHORT_UNUSABLE,
+        RefusalCode.COHORT_TOO_SMALL,
+    }
+)
+"""What a site says that no waiting changes; an approval, or a site that is away, may still come."""
+
 
 def gather(fleet: Fleet, part: Participation, tell: Callable[[str, dict[str, Any]], None]) -> None:
     """Wait until every site of the roster is ready, or the plan's patience ends with a quorum.
@@ -22,9 +35,14 @@ def gather(fleet: Fleet, part: Participation, tell: Callable[[str, dict[str, Any
         tell: takes an event for whoever watches.
 
     Raises:
-        RunFailedError: fewer sites than the quorum were ready in time.
+        RunFailedError: fewer sites than the quorum were ready in time, or can ever be.
         RunStoppedError: somebody stopped the run.
     """
+    if len(fleet.roster) < part.quorum:
+        raise RunFailedError(
+            f"the plan asks for {part.quorum} sites, and {len(fleet.roster)} are there",
+            remedy="Sign a plan whose participation.quorum is no larger, or add sites first.",
+        )
     until = time.monotonic() + part.gather_s
     ready: set[str] = set()
     told: tuple[list[str], dict[str, int]] | None = None
@@ -40,7 +58,8 @@ def gather(fleet: Fleet, part: Participation, tell: Callable[[str, dict[str, Any
         if (now := (sorted(ready), waiting)) != told:
             told = now
             tell("sites", {"ready": now[0], "waiting": waiting})
-        if not waiting or time.monotonic() >= until:
+        possible = len(fleet.roster) - sum(1 for code in waiting.values() if code in NEVER_READY)
+        if not waiting or possible < part.quorum or time.monotonic() >= until:
             break
         pause(fleet, _APPROVAL_PAUSE_S)
     if len(ready) < part.quorum:

@@ -12,12 +12,12 @@ from fedward_common.evaluation.report.tables import Cell, Table
 from fedward_common.evaluation.report.words import MISSING, Figure, Headline
 from fedward_common.readiness_plan import IntensityPart, ReadinessPlan
 from fedward_common.readiness_state import CASE_WEIGHT
-from fedward_server.readiness_report import ReadinessReport, SiteReadiness
+from fedward_server.readiness_report import ReadinessReport, Reason, SiteReadiness
+from fedward_server.readiness_rules import QUANTILES, quantiles_of
 
 Counts = Mapping[str, tuple[int, ...]]
 
 _HERE = Path(__file__).resolve().parent
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _PAIRS = ("repeated", "torn")
 _TITLES = {
     "label": "Labels",
@@ -69,39 +69,13 @@ def headline(report: ReadinessReport) -> Headline:
     return Headline("bad", "No-go", (f"{asked}. {unmet}; the reasons are below.",))
 
 
-def quantiles_of(cells: Sequence[int], part: IntensityPart) -> tuple[float, ...] | None:
-    """Quantiles of a histogram, drawn straight within each cell; None when nothing is told.
-
-    What lies outside the range counts as lying at its end.
-
-    >>> quantiles_of((0, 10, 10, 0), IntensityPart(bins=2))
-    (0.05, 0.25, 0.5, 0.75, 0.95)
-    """
-    total = sum(cells)
-    if total == 0:
-        return None
-    width = (part.high - part.low) / part.bins
-    found = []
-    for share in _QUANTILES:
-        wanted, below, value = share * total, 0.0, part.high
-        for cell, count in enumerate(cells):
-            if count and below + count >= wanted:
-                start = part.low + (cell - 1) * width
-                inside = 0 < cell <= part.bins
-                value = start + width * (wanted - below) / count if inside else max(start, part.low)
-                break
-            below += count
-        found.append(round(min(value, part.high), 6))
-    return tuple(found)
-
-
 def _figures(report: ReadinessReport) -> tuple[Figure, ...]:
     if not report.sites:
         return ()
     ready = sum(1 for site in report.sites if site.decision == "go")
     counts = report.counts
     held_back = sum(1 for site in report.sites if site.counts is None)
-    note = f"; {held_back} hold everything back" if held_back else ""
+    note = f"; {held_back} hold{'s' if held_back == 1 else ''} everything back" if held_back else ""
     return (
         Figure("Sites", f"{ready} of {len(report.sites)}", f"meet every rule{note}"),
         Figure("Cases", _told(counts["num_cases"][0]), "whose images can be used"),
@@ -110,8 +84,8 @@ def _figures(report: ReadinessReport) -> tuple[Figure, ...]:
     )
 
 
-def _reasons(report: ReadinessReport) -> list[tuple[str, str, str, list[tuple[str, str, str]]]]:
-    """For each site its name, decision, style and reasons (style, text, rule), sites with stops first."""
+def _reasons(report: ReadinessReport) -> list[tuple[str, str, str, list[tuple[str, Reason]]]]:
+    """For each site its name, decision, style and reasons with their style, sites with stops first."""
     ranked = sorted(report.sites, key=lambda site: (site.decision == "go", site.site))
     return [
         (
@@ -119,7 +93,7 @@ def _reasons(report: ReadinessReport) -> list[tuple[str, str, str, list[tuple[st
             site.decision,
             "contributed" if site.decision == "go" else "refused",
             [
-                ("refused" if each.level == "stop" else "missing", each.text, each.rule)
+                ("refused" if each.level == "stop" else "missing", each)
                 for each in sorted(site.reasons, key=lambda each: each.level, reverse=True)
             ],
         )
@@ -215,13 +189,13 @@ def _quantiles(report: ReadinessReport) -> Table:
     part = report.plan.survey.intensity
     rows = tuple(_quantile_row(site.site, site.counts, part) for site in report.sites)
     total = _quantile_row("All sites", report.counts, part) if len(rows) > 1 else ()
-    return Table(("Site", *(f"{share:.0%}" for share in _QUANTILES), "Held back"), rows, total)
+    return Table(("Site", *(f"{share:.0%}" for share in QUANTILES), "Held back"), rows, total)
 
 
 def _quantile_row(name: str, counts: Counts | None, part: IntensityPart) -> tuple[Cell, ...]:
     found = None if counts is None else quantiles_of(counts["intensity"], part)
     if counts is None or found is None:
-        return (Cell(name, name), *(Cell(MISSING, note="held back"),) * (len(_QUANTILES) + 1))
+        return (Cell(name, name), *(Cell(MISSING, note="held back"),) * (len(QUANTILES) + 1))
     total = counts["num_cases"][0] * CASE_WEIGHT
     share = (total - sum(counts["intensity"])) / total
     held_back = Cell(MISSING if share == 0 else f"{share:.1%}", share)

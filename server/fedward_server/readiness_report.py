@@ -26,12 +26,15 @@ class Reason(_Part):
     Attributes:
         level: "stop" is a rule that is not met; "note" is something that could not be judged.
         rule: its name in the plan's table of rules.
+        text: what was found and what is required.
+        remedy: what the site can do, or the coordinator.
     """
 
     level: Literal["stop", "note"]
     site: str
     rule: str
     text: str
+    remedy: str = ""
 
 
 class Comparison(_Part):
@@ -39,10 +42,14 @@ class Comparison(_Part):
 
     Attributes:
         distances: table -> Jensen-Shannon distance, 0 (equal) to 1 (disjoint).
+        shifts: table -> the cell whose share differs most, its share here, and at all other sites.
         intensity_overlap: common area of the histograms of intensity, 0 (disjoint) to 1 (equal).
+        medians: of intensity, here and at all other sites.
     """
 
     distances: dict[str, float | None] = {}
+    shifts: dict[str, tuple[str, float, float]] = {}
+    medians: tuple[float, float] | None = None
     intensity_overlap: float | None = None
 
 

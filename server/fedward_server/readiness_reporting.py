@@ -85,7 +85,10 @@ def terminal_rows(report: ReadinessReport) -> list[tuple[str, ...]]:
 def terminal_notes(report: ReadinessReport) -> list[str]:
     """Lines below the table: every reason, site by site, and who is absent."""
     reasons = [reason for site in report.sites for reason in site.reasons]
-    notes = [f"{'x' if each.level == 'stop' else '-'} {each.site}: {each.text}" for each in reasons]
+    notes = []
+    for each in reasons:
+        notes.append(f"{'x' if each.level == 'stop' else '-'} {each.site}: {each.text}")
+        notes += [f"    {each.remedy}"] * bool(each.remedy)
     notes += [f"- {absent.site}: {absent.reason}" for absent in report.absent]
     return [*notes, "A dash in the table: held back, or none."]
 

@@ -8,13 +8,13 @@ compared with all other sites together, so that the largest does not compare its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward_common.readiness_plan import ReadinessPlan, RulesPart
+from fedward_common.readiness_plan import IntensityPart, ReadinessPlan, RulesPart
 from fedward_common.readiness_state import CASE_WEIGHT, State, survey_tables
 from fedward_server.readiness_report import Comparison, Reason
 
@@ -29,6 +29,8 @@ COMPARED: Mapping[str, Callable[[RulesPart], float]] = {
     "slice": lambda rules: rules.max_slice_distance,
 }
 """Tables in which sites are compared, and the largest distance that the rules permit."""
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 _MOST_HELD_BACK = 0.5  # with more of its cases held back, a site's table is not compared
 
@@ -66,6 +68,32 @@ def shares_of(cells: Counts, total: int) -> NDArray[np.float64] | None:
     return cells / told
 
 
+def quantiles_of(cells: Sequence[int], part: IntensityPart) -> tuple[float, ...] | None:
+    """Quantiles of a histogram, drawn straight within each cell; None when nothing is told.
+
+    What lies outside the range counts as lying at its end.
+
+    >>> quantiles_of((0, 10, 10, 0), IntensityPart(bins=2))
+    (0.05, 0.25, 0.5, 0.75, 0.95)
+    """
+    total = sum(cells)
+    if total == 0:
+        return None
+    width = (part.high - part.low) / part.bins
+    found = []
+    for share in QUANTILES:
+        wanted, below, value = share * total, 0.0, part.high
+        for cell, count in enumerate(cells):
+            if count and below + count >= wanted:
+                start = part.low + (cell - 1) * width
+                inside = 0 < cell <= part.bins
+                value = start + width * (wanted - below) / count if inside else max(start, part.low)
+                break
+            below += count
+        found.append(round(min(value, part.high), 6))
+    return tuple(found)
+
+
 def compare(states: Mapping[str, State], plan: ReadinessPlan) -> dict[str, Comparison]:
     """Compare every site with all others together; without others there is nothing to compare."""
     tables = [name for name in survey_tables(plan) if name in COMPARED]
@@ -75,9 +103,40 @@ def compare(states: Mapping[str, State], plan: ReadinessPlan) -> dict[str, Compa
         if others:
             measured = {name: _measured(name, state, others, jensen_shannon) for name in tables}
             found[site] = Comparison(
-                distances=measured, intensity_overlap=_measured("intensity", state, others, overlap)
+                distances=measured,
+                shifts=_shifts(plan, state, others, [name for name in tables if measured[name] is not None]),
+                intensity_overlap=_measured("intensity", state, others, overlap),
+                medians=_medians(plan, state, others),
             )
     return found
+
+
+def _shifts(
+    plan: ReadinessPlan, state: State, others: list[State], tables: Sequence[str]
+) -> dict[str, tuple[str, float, float]]:
+    """The cell of each table whose share differs most, with its two shares."""
+    found = {}
+    for name in tables:
+        here = state[name] / max(1, int(state[name].sum()))
+        there = _sum(name, others) / max(1, int(_sum(name, others).sum()))
+        cell = int(np.abs(here - there).argmax())
+        found[name] = (
+            survey_tables(plan)[name][cell],
+            round(float(here[cell]), 4),
+            round(float(there[cell]), 4),
+        )
+    return found
+
+
+def _medians(plan: ReadinessPlan, state: State, others: list[State]) -> tuple[float, float] | None:
+    part = plan.survey.intensity
+    here = quantiles_of(state["intensity"].tolist(), part)
+    there = quantiles_of(_sum("intensity", others).tolist(), part)
+    return None if here is None or there is None else (here[2], there[2])
+
+
+def _sum(table: str, states: list[State]) -> Counts:
+    return sum((each[table] for each in states), np.zeros_like(states[0][table]))
 
 
 def _measured(
@@ -89,7 +148,7 @@ def _measured(
     total = _total(table, state)
     here = shares_of(state[table], total)
     there = shares_of(
-        sum((other[table] for other in others), np.zeros_like(state[table])),
+        _sum(table, others),
         sum(_total(table, other) for other in others),
     )
     return None if here is None or there is None else round(measure(here, there), 4)
@@ -97,6 +156,39 @@ def _measured(
 
 def _total(table: str, state: State) -> int:
     return int(state["num_cases"][0]) * (CASE_WEIGHT if table == "intensity" else 1)
+
+
+_IF_HELD_BACK = "Use fewer, wider cells; if an earlier survey told this table, use its cells."
+_REMEDIES: Mapping[str, str] = {
+    "min_cases": "Add cases",
+    "min_patients": "Add patients",
+    "min_cases_per_label": "Add cases of the label",
+    "min_patients_per_label": "Add patients with the label",
+    "min_label_share": "Add cases of the rare label",
+    "max_repeated_share": "Exclude copies: the site finds their case ids in HOME/surveys/findings.json",
+    "max_refused_share": "See why at the site, fedward-site cohort quarantine",
+    "max_torn_patients": "Give each patient one side in the site's label file (case ids are in"
+    " HOME/surveys/findings.json there): training refuses such cases whatever the plan's rules say.",
+    "max_label_distance": "Balance the labels",
+    "max_age_distance": "See whether ages are missing or the patients are others",
+    "max_sex_distance": "See whether sex is missing or the patients are others",
+    "max_scanner_distance": "Add images of other scanners",
+    "max_spacing_distance": "Have the plan resample, or select images by spacing",
+    "max_slice_distance": "Have the plan resample, or select series by slice distance",
+    "min_intensity_overlap": "Look at windows and units there, fedward-site cohort contact-sheet",
+}
+
+
+def remedy_of(rule: str) -> str:
+    """What the site can do about a rule that is not met, or else the coordinator.
+
+    >>> remedy_of("min_cases")
+    'Add cases; or lower rules.min_cases in a new plan.'
+    """
+    if _REMEDIES[rule].endswith("."):
+        return _REMEDIES[rule]
+    change = "raise" if rule.startswith("max_") else "lower"
+    return f"{_REMEDIES[rule]}; or {change} rules.{rule} in a new plan."
 
 
 @dataclass(frozen=True)
@@ -116,10 +208,16 @@ class _Site:
         return int(self.state["num_patients"][0])
 
     def fail(self, rule: str, text: str) -> Reason:
-        return Reason(level="stop", site=self.name, rule=rule, text=text)
+        return Reason(level="stop", site=self.name, rule=rule, text=text, remedy=remedy_of(rule))
 
     def note(self, rule: str, text: str) -> Reason:
-        return Reason(level="note", site=self.name, rule=rule, text=text)
+        return Reason(
+            level="note",
+            site=self.name,
+            rule=rule,
+            text=text,
+            remedy=_IF_HELD_BACK if "label" not in rule else "",
+        )
 
 
 def judge_site(
@@ -128,8 +226,10 @@ def judge_site(
     """Every rule that a site does not meet ("stop"), and what could not be judged ("note")."""
     if state is None:
         floor = plan.privacy.min_cases
-        text = f"everything is held back: counts of fewer than {floor} patients cannot be hidden otherwise"
-        return [Reason(level="stop", site=name, rule="min_patients", text=text)]
+        text = f"everything is held back: the site has too few patients ({2 * floor - 1} are needed, or more"
+        text += " if its own floor is higher)"
+        rule = "min_patients"
+        return [Reason(level="stop", site=name, rule=rule, text=text, remedy="Add patients at the site.")]
     site = _Site(name, state, plan)
     reasons = [*_sizes(site), *_labels(site), *_balance(site), *_defects(site)]
     return reasons + (_comparisons(site, comparison) if comparison is not None else [])
@@ -155,6 +255,11 @@ def _labels(site: _Site) -> list[Reason]:
     doubt = "" if is_certain else " for certain (others are held back)"
     patients = [_least_patients(site, label) for label in range(len(cases))]
     is_told = int(cases.sum()) == site.num_cases
+    hidden = [label for label, count in zip(site.plan.task.labels, cases, strict=True) if not count]
+    if hidden and not is_told and (rules.min_cases_per_label or rules.min_patients_per_label):
+        text = f"cases of {' and '.join(hidden)} are held back: at least one label has too few patients here"
+        text += f" (fewer than {site.plan.privacy.min_cases} in training, or the site's own floor)"
+        reasons.append(site.fail("min_cases_per_label", text))
     for index, label in enumerate(site.plan.task.labels):
         least = (
             (f"cases of {label}", cases[index], rules.min_cases_per_label, "min_cases_per_label"),
@@ -166,9 +271,6 @@ def _labels(site: _Site) -> list[Reason]:
             ),
         )
         if cases[index] == 0 and not is_told:
-            if rules.min_cases_per_label or rules.min_patients_per_label:
-                text = f"cases of {label} are held back: at least one label here has too few patients"
-                reasons.append(site.fail("min_cases_per_label", text))
             continue
         reasons += [
             site.fail(rule, f"{int(count):,} {noun}, {bound:,} required")
@@ -239,6 +341,9 @@ def _comparisons(site: _Site, comparison: Comparison) -> list[Reason]:
             reasons.append(site.note(rule, f"{table} is not compared: too much is held back"))
         elif distance is not None and distance > most:
             text = f"{table} differs from all other sites by {distance:.2f}, {most:.2f} permitted"
+            if table in comparison.shifts:
+                cell, here, there = comparison.shifts[table]
+                text += f": {cell} {here:.0%} here, {there:.0%} elsewhere"
             reasons.append(site.fail(rule, text))
     least, common = rules.min_intensity_overlap, comparison.intensity_overlap
     if common is None and least > 0:
@@ -247,5 +352,7 @@ def _comparisons(site: _Site, comparison: Comparison) -> list[Reason]:
         )
     elif common is not None and common < least:
         text = f"intensities overlap with all other sites by {common:.2f}, {least:.2f} required"
+        if comparison.medians is not None:
+            text += ": median {:.4g} here, {:.4g} elsewhere".format(*comparison.medians)
         reasons.append(site.fail("min_intensity_overlap", text))
     return reasons

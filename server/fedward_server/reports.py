@@ -73,8 +73,10 @@ def expect_go(report: Report) -> None:
     if isinstance(report, RunReport) or report.decision == "go":
         return
     stops = report.stops
+    sites = len({stop.site for stop in stops})
+    rules = "1 rule is" if len(stops) == 1 else f"{len(stops)} rules are"
     raise NotReadyError(
-        f"no-go: {len(stops)} rules are not met at {len({stop.site for stop in stops})} sites",
+        f"no-go: {rules} not met at {sites} {'site' if sites == 1 else 'sites'}",
         remedy="Have the sites correct what the reasons name, or sign a plan with other rules.",
     )
 

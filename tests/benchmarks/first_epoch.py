@@ -6,14 +6,19 @@ started and warm:
 
 * `bare_s`: pydicom's `pixel_array`, NumPy's window and block means, in a pool; nothing is kept or sent;
 * `monai_s`: `LoadImaged(PydicomReader)`, `ScaleIntensityRanged`, `Resized("area")` in a `DataLoader`;
+* `persistent_first_s`: the same in a `PersistentDataset` whose folder is empty;
 * `first_s`: `open_dicom_folder` with an empty cache: check the index, join the labels, decode in the
-  sandbox, transform, write the cache.
+  sandbox, transform, write the cache to the disk and wait until it is there.
 
 And in one process, batches of 32 in a random order:
 
 * `bare_one_s`, `monai_one_s`: as above;
 * `persistent_s`: MONAI's `PersistentDataset` when all its files are there;
-* `later_s`: our cache, mapped from disk.
+* `later_s`: our cache, mapped from disk;
+* `decoder_one_s`, JPEG 2000 only: OpenJPEG alone, the codestreams being in memory. All decoders of this
+  format that are installed are OpenJPEG (imagecodecs', Pillow's and GDCM's copies of it take 0.93 to 1.5
+  times the processor time of this one), so `most_over_monai_per_core`, MONAI's processor time over this
+  one, is what `first_over_monai_per_core` would be if nothing but decoding took any time.
 
 Every file lies in the system's cache, so disks are not measured. Beside the clock stand the processor
 seconds of all processes that took part: "per core" is what they say, and on a machine that does other
@@ -76,7 +81,7 @@ def make_site(folder: Path, num_files: int, side: int, syntax: str) -> Any:
 
 
 def bare(path: str, size: int) -> NDArray[np.float32]:
-    """What a script of ten lines does."""
+    """What a script of ten lines does; pydicom decodes with the first plugin it finds."""
     from pydicom import dcmread
 
     dataset = dcmread(path)
@@ -131,11 +136,16 @@ def the_plan(size: int) -> Any:
 
 
 def first_epoch(site: Any, size: int) -> Any:
-    """Prepare everything anew; the index is there."""
+    """Prepare everything anew; the index is there, and `forget` was called."""
     from fedward_client.dataset import open_dicom_folder
 
-    shutil.rmtree(site.home / "cache", ignore_errors=True)
     return open_dicom_folder(the_plan(size), site)
+
+
+def forget(site: Any) -> None:
+    """Delete what was prepared, with the disk at rest afterwards; nobody does this before a first epoch."""
+    shutil.rmtree(site.home / "cache", ignore_errors=True)
+    os.sync()
 
 
 def later_epoch(images: Any, seed: int) -> int:
@@ -178,6 +188,28 @@ def tree(pid: int) -> Iterator[int]:
             yield from tree(int(child))
 
 
+def codestreams(paths: Iterable[str]) -> list[bytes]:
+    """The one frame of each compressed file."""
+    from pydicom import dcmread
+    from pydicom.encaps import generate_frames
+
+    return [next(generate_frames(dcmread(path).PixelData, number_of_frames=1)) for path in paths]
+
+
+def decode_alone(frames: Iterable[bytes]) -> int:
+    """Run the decoder that the sandbox has, and nothing else."""
+    from openjpeg.utils import decode_pixel_data
+
+    return sum(len(decode_pixel_data(frame, version=2)) for frame in frames)
+
+
+def empty(folder: Path) -> None:
+    """Delete a folder's files."""
+    for path in folder.iterdir():
+        path.unlink()
+    os.sync()
+
+
 def consume(items: Iterable[object]) -> int:
     """Take everything."""
     return sum(1 for _ in items)
@@ -189,6 +221,7 @@ def measure(folder: Path, syntax: str, args: argparse.Namespace, pool: Pool) -> 
     from monai.data.dataset import Dataset, PersistentDataset
 
     from fedward_client import dataset as dataset_module
+    from fedward_client import decoders as decoders_module
 
     num_files = args.files if syntax == "uncompressed" else max(args.files // 8, 2 * BATCH)
     site = make_site(folder / syntax, num_files, args.side, SYNTAXES[syntax])
@@ -198,7 +231,10 @@ def measure(folder: Path, syntax: str, args: argparse.Namespace, pool: Pool) -> 
     many = monai_batches(Dataset(items, pipeline), args.processes)
     one = monai_batches(Dataset(items, pipeline), 0)
     persistent = monai_batches(PersistentDataset(items, pipeline, folder / f"{syntax}-monai"), 0)
+    new = folder / f"{syntax}-monai-first"
+    persistent_first = monai_batches(PersistentDataset(items, pipeline, new), args.processes)
     warnings.filterwarnings("error", message="Corrupt cache file")  # as if nothing had been kept
+    decoders_module._IDLE_S = 3600.0  # they stay as MONAI's workers do, also on a slow machine
     dataset_module._available_bytes = lambda: 0  # what fits into memory would need no cache to be fast
 
     torch.set_num_threads(args.processes)
@@ -208,27 +244,49 @@ def measure(folder: Path, syntax: str, args: argparse.Namespace, pool: Pool) -> 
             pool.imap_unordered(bare_in_pool, [(path, args.size) for path in paths], chunksize=8)
         ),
         "monai_s": lambda: consume(many),
+        "persistent_first_s": lambda: consume(persistent_first),
         "first_s": lambda: first_epoch(site, args.size),
         "bare_one_s": lambda: consume(bare(path, args.size) for path in paths),
         "monai_one_s": lambda: consume(one),
         "persistent_s": lambda: consume(persistent),
         "later_s": lambda: later_epoch(images, 0),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    processor: dict[str, list[float]] = {name: [] for name in work}
+    if syntax != "uncompressed":
+        frames = codestreams(paths)
+        work["decoder_one_s"] = lambda: decode_alone(frames)
+    before = {"first_s": lambda: forget(site), "persistent_first_s": lambda: empty(new)}
+    seconds, processor = by_turns(work, before, args)
+    return {"images": num_files, **figures(num_files, seconds, processor)}
+
+
+Laps = dict[str, list[float]]
+
+
+def by_turns(
+    work: dict[str, Callable[[], object]], before: dict[str, Callable[[], None]], args: argparse.Namespace
+) -> tuple[Laps, Laps]:
+    """Do all kinds of work lap by lap; seconds of each by the clock, and of the processor."""
+    import torch
+
+    seconds: Laps = {name: [] for name in work}
+    processor: Laps = {name: [] for name in work}
     for lap in range(args.laps + 1):
         for name in list(work)[:: 1 if lap % 2 else -1]:
-            torch.set_num_threads(
-                1 if "one" in name or name in ("persistent_s", "later_s") else args.processes
-            )
+            alone = "one" in name or name in ("persistent_s", "later_s")
+            torch.set_num_threads(1 if alone else args.processes)
+            before.get(name, bool)()
             took, used = timed(work[name])
             if lap:  # the first fills caches
                 seconds[name].append(took)
                 processor[name].append(used)
+    return seconds, processor
+
+
+def figures(num_files: int, seconds: Laps, processor: Laps) -> dict[str, Any]:
+    """Rates and ratios of medians."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
     used_by = {name: statistics.median(values) for name, values in processor.items()}
-    return {
-        "images": num_files,
+    found: dict[str, Any] = {
         "seconds": seconds,
         "processor_seconds": processor,
         "images_per_s": {name: round(num_files / value, 1) for name, value in median.items()},
@@ -236,10 +294,14 @@ def measure(folder: Path, syntax: str, args: argparse.Namespace, pool: Pool) -> 
         "first_over_bare_per_core": used_by["bare_s"] / used_by["first_s"],
         "first_over_monai": median["monai_s"] / median["first_s"],
         "first_over_monai_per_core": used_by["monai_s"] / used_by["first_s"],
+        "first_over_persistent": median["persistent_first_s"] / median["first_s"],
         "later_over_monai": median["monai_one_s"] / median["later_s"],
         "later_over_bare": median["bare_one_s"] / median["later_s"],
         "later_over_persistent": median["persistent_s"] / median["later_s"],
     }
+    if "decoder_one_s" in used_by:
+        found["most_over_monai_per_core"] = used_by["monai_s"] / used_by["decoder_one_s"]
+    return found
 
 
 def main() -> None:

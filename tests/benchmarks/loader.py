@@ -4,8 +4,12 @@
 in memory as one tensor (`memory`), that are mapped as float32 (`mapped`), and that are mapped as int16 and
 converted batch by batch (`int16`): by turns, in the same run. The files lie in the system's cache.
 
-`lost` is the part of the images per second that the mapped ones cost. Processor seconds are of this
-process, all threads; on a machine that does other work at the same time, they say more than the clock.
+`lost` is the part of the images per second that the mapped ones cost: the median over many short laps,
+each compared with the one beside it. Processor seconds are of this process, all threads.
+
+`waited` is the part of the time in which the trainer had no batch, as it waited for the next one. Training
+takes the same arithmetic from the same values on either side, so what waits more is all that the loader can
+lose; on a machine that does other work at the same time, this says more than the difference of two clocks.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +55,42 @@ def case_sets(folder: Path, num_images: int, size: int) -> dict[str, Any]:
     }
 
 
-def train_once(cases: Any, plan: Any, threads: int) -> tuple[float, float, bytes]:
-    """Seconds by the clock, seconds of the processor, and the trained weights."""
+def train_once(cases: Any, plan: Any, threads: int) -> tuple[dict[str, float], bytes]:
+    """Seconds by the clock, of the processor, and without a batch; and the trained weights."""
     import torch
 
-    from fedward_client.trainer import TrainingJob, train
+    from fedward_client import trainer
     from fedward_common.models import build_model
+
+    waited_s = 0.0
+    batches = trainer._batches
+
+    def timed(*given: Any) -> Iterator[Any]:
+        nonlocal waited_s
+        coming = batches(*given)
+        while True:
+            start = time.perf_counter()
+            batch = next(coming, None)
+            waited_s += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     torch.manual_seed(0)
     model = build_model(plan)
+    job = trainer.TrainingJob(plan=plan, round_index=1, seed=1, threads=threads)
+    trainer._batches = timed  # type: ignore[assignment]
     clock, processor = time.perf_counter(), time.process_time()
-    train(model, cases, TrainingJob(plan=plan, round_index=1, seed=1, threads=threads))
-    took = time.perf_counter() - clock, time.process_time() - processor
-    return *took, b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+    try:
+        trainer.train(model, cases, job)
+    finally:
+        trainer._batches = batches
+    took = {
+        "clock": time.perf_counter() - clock,
+        "processor": time.process_time() - processor,
+        "waited": waited_s,
+    }
+    return took, b"".join(value.numpy().tobytes() for value in model.state_dict().values())
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -74,21 +102,22 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         training={"learning_rate": 0.01, "batch_size": args.batch},
     )
     sets = case_sets(folder, args.images, args.size)
-    clock: dict[str, list[float]] = {name: [] for name in sets}
-    processor: dict[str, list[float]] = {name: [] for name in sets}
+    seconds: dict[str, dict[str, list[float]]] = {
+        kind: {name: [] for name in sets} for kind in ("clock", "processor", "waited")
+    }
     weights: dict[str, bytes] = {}
     for lap in range(args.laps + 1):
         for name in sorted(sets, reverse=bool(lap % 2)):
-            took, used, weights[name] = train_once(sets[name], plan, args.threads)
-            if lap:  # the first warms up
-                clock[name].append(took)
-                processor[name].append(used)
+            took, weights[name] = train_once(sets[name], plan, args.threads)
+            for kind in took if lap else ():  # the first warms up
+                seconds[kind][name].append(took[kind])
+    rates = {name: args.images / statistics.median(took) for name, took in seconds["clock"].items()}
     return {
-        "seconds": clock,
-        "processor_seconds": processor,
-        "images_per_s": {name: args.images / statistics.median(took) for name, took in clock.items()},
-        "lost": {name: _lost(clock, name) for name in ("mapped", "int16")},
-        "lost_processor": {name: _lost(processor, name) for name in ("mapped", "int16")},
+        "seconds": seconds,
+        "images_per_s": rates,
+        "lost": {name: _lost(seconds["clock"], name) for name in ("mapped", "int16")},
+        "lost_processor": {name: _lost(seconds["processor"], name) for name in ("mapped", "int16")},
+        "waited": {name: sum(seconds["waited"][name]) / sum(seconds["clock"][name]) for name in sets},
         "same_weights": weights["mapped"] == weights["memory"],
     }
 
@@ -102,11 +131,11 @@ def _lost(seconds: dict[str, list[float]], name: str) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--laps", type=int, default=5)
+    parser.add_argument("--laps", type=int, default=9)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loader") as folder:
@@ -121,6 +150,8 @@ def main() -> None:
         print(
             f"{name:8} loses {lost:.1%} by the clock, {document['lost_processor'][name]:.1%} of the processor"
         )
+    for name, waited in document["waited"].items():
+        print(f"{name:8} waits {waited:.2%} of the time for images")
     print("same weights" if document["same_weights"] else "OTHER WEIGHTS")
 
 

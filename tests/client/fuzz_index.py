@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pydicom.data
@@ -30,6 +31,7 @@ from fedward_client.index_reading import examine, found_from, found_message  # n
 from fedward_client.index_records import FileRecord  # noqa: E402
 from fedward_client.index_store import CaseIndex  # noqa: E402
 from fedward_client.sources.folder import Candidate  # noqa: E402
+from tests.client.fuzzing import faults_shown, with_odd_element  # noqa: E402
 
 MAX_GROWTH_BYTES = 64 * 2**20
 _MAX_FILE = 64 * 2**10
@@ -47,7 +49,12 @@ def corpus() -> list[bytes]:
 
 
 def damaged(data: bytes, others: Sequence[bytes], random: np.random.Generator) -> bytes:
-    """A file with a few bytes changed, left out, put in, or a piece of another file in it."""
+    """A file with an odd element, or a few bytes changed, left out, put in, or a piece of another in it."""
+    kind = int(random.integers(0, 4))
+    if kind < 2:
+        data = with_odd_element(data, Random(int(random.integers(0, 2**32))))
+    if kind == 0:
+        return data
     changed = bytearray(data)
     for _ in range(int(random.integers(1, 8))):
         place = int(random.integers(0, max(len(changed), 1)))
@@ -90,7 +97,8 @@ def fuzz(seconds: float, seed: int, keep: Path) -> tuple[int, int]:
                     data = damaged(sound[int(random.integers(0, len(sound)))], sound, random)
                     keep.write_bytes(data)
                     content = hashlib.sha256(data).hexdigest()
-                    found = examine(data, content)
+                    with faults_shown():
+                        found = examine(data, content)
                     again = found_from(json.loads(json.dumps(found_message(found))), str)
                     assert again == found
                     records.append(FileRecord(Candidate(content[:16].encode(), 1, 1), content, again))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
 import signal
 import stat
@@ -18,9 +19,9 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from fedward_client import array_cache
+from fedward_client import array_cache, array_shard
 from fedward_client.array_cache import StoredArrays, cache_bytes, open_arrays, purge_cache
-from fedward_client.array_shard import STEP, Row
+from fedward_client.array_shard import STEP, Row, open_shard
 from fedward_common.errors import CohortError
 from tests.absence import do_without
 from tests.builders import a_disk_of
@@ -198,6 +199,26 @@ def test_a_large_cohort_lies_in_several_files(tmp_path: Path, monkeypatch: pytes
     assert len(files(tmp_path)) == 3
     np.testing.assert_array_equal(all_of(arrays), expected(ROWS))
     assert arrays.num_bytes == 12 * ROW_BYTES
+
+
+def test_the_disk_writes_while_images_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than all at once when the last one is there; what is written is the same."""
+    begun: list[int] = []
+    write_back = array_shard._write_back
+
+    def watched(file: int) -> None:
+        begun.append(os.fstat(file).st_size)
+        write_back(file)
+
+    monkeypatch.setattr(array_shard, "_write_back", watched)
+    monkeypatch.setattr(array_shard, "_WRITTEN_BACK_BYTES", 4 * ROW_BYTES)
+    rows = tuple(map(a_row, range(10)))
+
+    arrays = open_arrays(tmp_path, RECIPE, rows, lambda rows: iter(expected(rows)))
+
+    assert len(begun) == 2
+    assert np.array_equal(all_of(arrays), expected(rows))
+    assert np.array_equal(all_of(open_arrays(tmp_path, RECIPE, rows, lambda rows: iter(()))), expected(rows))
 
 
 def test_a_file_with_withdrawn_contents_is_deleted(tmp_path: Path) -> None:
@@ -401,6 +422,54 @@ def test_a_waiting_process_goes_on_when_the_other_is_killed(tmp_path: Path) -> N
 
     assert end_of(second)[-1] == "12 sound"
     assert purge_cache(tmp_path) > 0
+
+
+def forked(folder: Path, count: int) -> int:
+    """Prepare rows in a copy of this process, ten to a file; it ends with 0 when they came out right."""
+    pid = os.fork()
+    if pid == 0:
+        code = 9
+        try:
+            array_cache.SHARD_BYTES = 10 * ROW_BYTES
+            rows = tuple(map(a_row, range(count)))
+            arrays = open_arrays(folder, RECIPE, rows, pausing)
+            code = 0 if np.array_equal(all_of(arrays), expected(rows)) else 7
+        finally:
+            os._exit(code)
+    return pid
+
+
+def pausing(rows: Sequence[Row]) -> Iterator[Values]:
+    for row in rows:
+        time.sleep(0.0005)
+        yield values_of(row)
+
+
+def test_processes_that_are_killed_at_any_moment_leave_nothing_wrong(tmp_path: Path) -> None:
+    """Two at a time over the same growing cohort; the seed is fixed, the moments are the machine's."""
+    chance = random.Random(7)
+    for number in range(20):
+        pids = [forked(tmp_path, 60 + number) for _ in range(2)]
+        for pid in pids[: chance.randint(1, 2)]:
+            time.sleep(chance.random() * 0.05)
+            os.kill(pid, signal.SIGKILL)
+        assert {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids} <= {0, -signal.SIGKILL}
+        assert all(open_shard(path) is not None for path in finished(tmp_path))
+
+    assert os.waitstatus_to_exitcode(os.waitpid(forked(tmp_path, 80), 0)[1]) == 0
+    assert files(tmp_path) == finished(tmp_path)
+
+
+def test_a_clock_that_was_set_back_makes_no_shard_stay_for_ever(tmp_path: Path) -> None:
+    old = open_arrays(tmp_path, "cd" * 32, ROWS, Preparing())
+    for path in finished(tmp_path):
+        os.utime(path, (2**33, 2**33))
+    room = cache_bytes(tmp_path) + ROW_BYTES
+
+    arrays = open_arrays(tmp_path, RECIPE, ROWS, Preparing(), max_bytes=room)
+
+    assert cache_bytes(tmp_path) <= room
+    np.testing.assert_array_equal(all_of(arrays), all_of(old))
 
 
 def prepare_slowly(folder: Path, pause_s: float, count: int) -> None:

@@ -6,6 +6,7 @@ in memory can be read from the system.
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import subprocess
@@ -17,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
     JPEG2000,
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
+    HTJ2KLossless,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
     JPEGLSLossless,
     RLELossless,
 )
@@ -148,7 +152,62 @@ def a_jpeg_ls(rows: int, columns: int) -> bytes:
     return bytes(codestream)
 
 
+def a_jpeg(rows: int, columns: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(stream, "JPEG")
+    codestream = bytearray(stream.getvalue())
+    struct.pack_into(">HH", codestream, codestream.index(b"\xff\xc0") + 5, rows, columns)
+    return bytes(codestream)
+
+
+def in_front_of_pixels(inserted: bytes, **elements: Any) -> bytes:
+    data = encode(a_dataset(PixelData=bytes(8192), **grey(64, 64, **elements)))
+    place = data.index(b"\xe0\x7f\x10\x00")
+    return data[:place] + inserted + data[place:]
+
+
+def a_sequence(tag: int, num_items: int, *, ended: bool = True) -> bytes:
+    items = struct.pack("<HHL", 0xFFFE, 0xE000, 0) * num_items
+    length = len(items) if ended else 0xFFFFFFFF
+    head = struct.pack("<HH2sHL", tag >> 16, tag & 0xFFFF, b"SQ" if ended else b"UN", 0, length)
+    return head + items + (b"" if ended else b"\xfe\xff\xdd\xe0\0\0\0\0")
+
+
+def a_million_elements() -> bytes:
+    """Empty elements with rising tags, behind those that name the file."""
+    tags = np.arange(10**6, dtype=np.uint32)
+    elements = np.zeros(len(tags), [("group", "<u2"), ("number", "<u2"), ("vr", "S2"), ("length", "<u2")])
+    elements["group"], elements["number"] = 0x29 + 2 * (tags >> 12), 0x1000 + (tags & 0xFFF)
+    elements["vr"] = b"LO"
+    return in_front_of_pixels(elements.tobytes())
+
+
 BOMBS: dict[str, tuple[Callable[[], bytes], set[Reason]]] = {
+    "jpeg_expands": (
+        lambda: compressed([a_jpeg(8000, 8000) + bytes(140_000)], JPEGBaseline8Bit, **grey(8000, 8000, 8)),
+        {Reason.DECODE_FAILED, Reason.OVER_LIMIT},
+    ),
+    "htj2k_expands": (
+        lambda: compressed([a_jpeg2000(8000, 8000) + bytes(140_000)], HTJ2KLossless, **grey(8000, 8000)),
+        {Reason.DECODE_FAILED, Reason.OVER_LIMIT},
+    ),
+    "frames_that_are_not_there": (
+        lambda: compressed([a_jpeg2000(64, 64)], JPEG2000Lossless, **grey(64, 64, NumberOfFrames=65536)),
+        {Reason.TRUNCATED, Reason.OVER_LIMIT},
+    ),
+    "functional_groups_by_the_hundred_thousand": (
+        lambda: in_front_of_pixels(a_sequence(0x52009230, 10**5)),
+        {Reason.FRAME_FACTS, Reason.OVER_LIMIT, Reason.MALFORMED},
+    ),
+    "private_sequence_without_end": (
+        lambda: in_front_of_pixels(a_sequence(0x00291010, 10**6, ended=False)),
+        {Reason.OVER_LIMIT},
+    ),
+    "elements_by_the_million": (a_million_elements, {Reason.OVER_LIMIT}),
+    "look_up_tables_by_the_million": (
+        lambda: in_front_of_pixels(a_sequence(0x00283010, 10**6)),
+        {Reason.DISPLAY_VALUES, Reason.OVER_LIMIT, Reason.MALFORMED},
+    ),
     "jpeg2000_of_other_size": (
         lambda: compressed([a_jpeg2000(30000, 30000)], JPEG2000Lossless, **grey(64, 64)),
         {Reason.CODESTREAM},

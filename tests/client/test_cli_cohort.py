@@ -136,6 +136,7 @@ def test_quarantine_lists_reason_and_remedy_by_study_and_names_only_on_request(
 
 
 def test_files_that_cannot_be_read_are_listed_with_their_remedy(run: Run, site: SiteData) -> None:
+    (site.dicom / "locked.dcm").touch()
     with CaseIndex(site.home) as index:
         index.record([FileRecord(Candidate(b"locked.dcm", 1, 1), None, None)])
 

@@ -17,6 +17,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage, UltrasoundImageStorage
 
+from fedward_client import cohort_grouping
 from fedward_client.cohort import Cohort, open_cohort
 from fedward_client.cohort_counts import count_cases, leftovers
 from fedward_client.cohort_file import COHORT_FILE, CohortFile
@@ -303,6 +304,21 @@ def test_a_refused_series_is_in_quarantine_by_name_and_its_label_is_no_mistake(t
     assert reasons(cohort) == {"missing_slices": 8}
     assert cohort.num_rejected() == 1
     assert cohort.num_rows_without_image == 1
+
+
+def test_a_series_of_more_slices_than_fit_into_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = a_place(tmp_path, VOLUMES)
+    add_series(site, "good", slices_of(a_truth(num_slices=9)))
+    add_series(site, "huge", slices_of(a_truth(num_slices=12, seed=2)))
+    label_series(site, "good", "huge")
+    monkeypatch.setattr(cohort_grouping, "MAX_SLICES", 10)
+
+    cohort = opened(site)
+
+    assert len(cohort.cases) == 1
+    assert reasons(cohort) == {"over_limit": 12}
 
 
 def test_a_slice_that_is_left_out_of_a_used_volume_is_listed(tmp_path: Path) -> None:

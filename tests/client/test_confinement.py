@@ -83,12 +83,27 @@ def test_filter_is_complete_and_every_jump_ends_at_a_verdict() -> None:
         assert verdict(program, arch, 0) == confinement._ALLOW
         assert verdict(program, arch + 1, 0) == confinement._REFUSE
         assert verdict(program, arch, confinement._X32_BIT | 41) == confinement._REFUSE
+        for number, (argument, values) in confinement._OWN_ONLY[machine].items():
+            own = [os.getpid() if value == confinement._SELF else value for value in values]
+            assert {with_argument(program, arch, number, argument, value) for value in own} == {ALLOW}
+            assert with_argument(program, arch, number, argument, os.getppid()) == confinement._REFUSE
+        for number, (argument, values) in confinement._NOT_WITH[machine].items():
+            refused = {with_argument(program, arch, number, argument, value) for value in values}
+            assert refused == {confinement._REFUSE}
+            assert with_argument(program, arch, number, argument, 1) == ALLOW
 
 
-def verdict(program: bytes, arch: int, number: int, argument: int = 0) -> int:
+ALLOW = confinement._ALLOW
+
+
+def with_argument(program: bytes, arch: int, number: int, argument: int, value: int) -> int:
+    return verdict(program, arch, number, *[0] * argument, value)
+
+
+def verdict(program: bytes, arch: int, number: int, *arguments: int) -> int:
     """What a filter answers; a small interpreter of the four instructions that it uses."""
     lines = [struct.unpack_from("<HBBI", program, start) for start in range(0, len(program), 8)]
-    given = {0: number, 4: arch, 16: argument}
+    given = {0: number, 4: arch, 16: 0} | {16 + 8 * place: each for place, each in enumerate(arguments)}
     loaded = place = 0
     while True:
         code, if_true, if_false, operand = lines[place]

@@ -20,6 +20,7 @@ from pydicom.uid import JPEG2000Lossless, UltrasoundImageStorage
 from fedward_client import dataset
 from fedward_client.case_set import StoredImages
 from fedward_client.cohort import open_cohort
+from fedward_client.compute import threads
 from fedward_client.dataset import Splits, open_dicom_folder
 from fedward_client.dicom.decode import decode_image
 from fedward_client.dicom.refusal import Reason
@@ -157,13 +158,13 @@ def test_a_file_that_cannot_be_decoded_is_quarantined_and_the_others_go_on(
 
 
 def test_a_file_that_changes_while_images_are_prepared_is_refused(tmp_path: Path) -> None:
-    site = a_site(tmp_path, split=by_turns)
+    site = a_site(tmp_path, split=by_turns, num_patients=60)  # more than are asked for at a time
 
     def disturb(done: int, total: int) -> None:
         for path in site.dicom.iterdir():
             path.write_bytes(b"other")
 
-    with pytest.raises(CohortError, match="changed or vanished"):
+    with threads(1), pytest.raises(CohortError, match="changed or vanished"):
         open_dicom_folder(a_plan(), site, disturb)
 
 

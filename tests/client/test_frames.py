@@ -383,7 +383,7 @@ def test_functional_groups_that_do_not_cover_every_frame_are_refused() -> None:
     assert reason_of(encode(partly)) == Reason.FRAME_FACTS
     empty = an_enhanced_ct()
     del empty.PerFrameFunctionalGroupsSequence[1].PixelValueTransformationSequence[0].RescaleSlope
-    assert reason_of(encode(empty)) == Reason.FRAME_FACTS
+    assert reason_of(encode(empty)) == Reason.DISPLAY_VALUES
 
 
 def test_position_that_one_frame_lacks_is_unknown_for_all() -> None:
@@ -418,7 +418,7 @@ def test_many_frames_that_say_where_one_lies_lie_nowhere() -> None:
     [
         ({"RescaleSlope": ["1", "2"], "RescaleIntercept": "0"}, Reason.DISPLAY_VALUES),
         ({"RescaleSlope": "1e300", "RescaleIntercept": "0"}, Reason.DISPLAY_VALUES),
-        ({"WindowCenter": ["1"] * 65, "WindowWidth": ["1"] * 65}, Reason.FRAME_FACTS),
+        ({"WindowCenter": ["1"] * 65, "WindowWidth": ["1"] * 65}, Reason.DISPLAY_VALUES),
         ({"NumberOfFrames": 2}, Reason.TRUNCATED),
         ({"NumberOfFrames": 70000}, Reason.DIMENSIONS),
         ({"PhotometricInterpretation": "HSV"}, Reason.PHOTOMETRIC),

@@ -12,6 +12,7 @@ import struct
 import time
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    RLELossless,
 )
 
+from fedward_client.dicom import header
 from fedward_client.dicom.frames import decode_frames
 from fedward_client.dicom.functional_groups import read_frame_facts
 from fedward_client.dicom.header import Header, image_refusal_of, pixel_refusal_of, read_header, refusal_of
-from fedward_client.dicom.refusal import UnusableImageError
+from fedward_client.dicom.refusal import Reason, UnusableImageError
 from tests.builders import a_dataset, canary_elements, encode
+from tests.client.fuzzing import UndeclaredError, faults_shown, with_odd_element
 
 FUZZ_S = float(os.environ.get("FEDWARD_FUZZ_S", "5"))
 MIB = 2**20
@@ -57,16 +62,72 @@ def try_all(data: bytes) -> None:
     """Read as the product does; anything but a result or a declared error goes through."""
     for read in READERS:
         try:
-            found: Any = read(data)
+            with faults_shown():
+                found: Any = read(data)
         except UnusableImageError as error:
             texts = f"{error} {error.remedy} {error!r}"
             if error.__cause__ is not None or "CNRY" in texts:
                 pytest.fail("the refusal quotes the file")
             continue
+        assert "CNRY" not in repr(found)
         if isinstance(found, Header):
-            assert "CNRY" not in repr(found)
             for judge in (refusal_of, image_refusal_of, pixel_refusal_of):
                 judge(found)
+
+
+def an_rle_that_panics() -> bytes:
+    """Its second segment runs past the end of the image inside a run: the decoder, in Rust, panics."""
+    segments = [b"\x81\0" * 4, b"\x82\0" * 4 + b"\xf0\0" * 40]
+    frame = struct.pack("<16I", 2, 64, 64 + len(segments[0]), *[0] * 13) + b"".join(segments)
+    return encode(a_dataset(np.zeros((16, 32), np.uint16), PixelData=encapsulate([frame])), RLELossless)
+
+
+def an_odd_delimiter() -> bytes:
+    """An item that ends with a delimiter nobody knows, of which pydicom makes an element without value."""
+    numbers = (0xE000, 0xFFFFFFFF), (0xE0FF, 0), (0xE00D, 0)
+    item = b"".join(struct.pack("<HHL", 0xFFFE, number, length) for number, length in numbers)
+    sequence = struct.pack("<HH2sHL", 0x0008, 0x1140, b"SQ", 0, 0xFFFFFFFF) + item
+    data = SEEDS[1]
+    place = data.index(b"\x10\0\x20\0LO")
+    return data[:place] + sequence + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0) + data[place:]
+
+
+def a_name_for_a_syntax() -> bytes:
+    """A transfer syntax that is the patient's, for the index to describe and never to show."""
+    meta = b"".join(
+        struct.pack("<HH2sH", 2, number, b"UI", len(uid)) + uid
+        for number, uid in ((0x02, b"1.2.CNRY00741\0"), (0x10, b"1.2.840.1CNRY0074123"))
+    )
+    return bytes(128) + b"DICM" + meta
+
+
+@pytest.mark.parametrize("make", [an_rle_that_panics, an_odd_delimiter, a_name_for_a_syntax])
+def test_what_was_found_once_stays_harmless(make: Callable[[], bytes]) -> None:
+    try_all(make())
+
+
+def test_a_panic_of_a_decoder_is_a_refusal(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UnusableImageError) as caught:
+        decode_frames(an_rle_that_panics())
+
+    assert "panicked" in capfd.readouterr().err  # which a decoder process writes nowhere
+    assert caught.value.reason == Reason.DECODE_FAILED
+
+
+def test_faults_of_our_own_are_seen_behind_their_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fuzzers are not blind: a fault that hides is shown, one of a damaged file or of pydicom is not."""
+
+    def broken(*_: object) -> None:
+        raise KeyError
+
+    with faults_shown(), pytest.raises(UnusableImageError):
+        read_header(b"no DICOM" * 50)
+    monkeypatch.setattr(header, "_year", broken)
+    with pytest.raises(UnusableImageError):
+        read_header(SEEDS[1])
+    monkeypatch.setattr(broken, "__code__", broken.__code__.replace(co_filename=str(header.__file__)))
+    with faults_shown(), pytest.raises(UndeclaredError, match="KeyError"):
+        read_header(SEEDS[1])
 
 
 @st.composite
@@ -114,6 +175,10 @@ def test_bytes_put_into_files_raise_nothing_undeclared(data: bytes, seed: int, a
 
 
 def mutated(random_: random.Random, data: bytes) -> bytes:
+    if random_.random() < 0.5:
+        data = with_odd_element(data, random_)
+        if random_.random() < 0.5:
+            return data
     changed = bytearray(data)
     for _ in range(random_.randrange(1, 8)):
         at = random_.randrange(len(changed) + 1)

@@ -108,6 +108,10 @@ TRUTH: list[tuple[dict[str, Any], str, Reason | None]] = [
     ],
     ({"image_type": ("DERIVED", "SECONDARY"), "burned_in": "no"}, "train", None),
     ({"image_type": ("DERIVED", "SECONDARY"), "burned_in": "absent"}, "quarantine", Reason.SECONDARY_IMAGE),
+    ({"colour": True, "burned_in": "absent"}, "quarantine", Reason.BURNED_IN_UNKNOWN),
+    ({"colour": True, "burned_in": "no"}, "train", None),
+    ({"placeless": True, "burned_in": "absent"}, "quarantine", Reason.BURNED_IN_UNKNOWN),
+    ({"placeless": True, "burned_in": "no"}, "train", None),
     ({"sop_class": ""}, "quarantine", Reason.SOP_CLASS),
     ({"sop_class": "1.3.12.2.1107.5.9.1"}, "quarantine", Reason.SOP_CLASS),
     ({"sop_class": uid.SegmentationStorage}, "quarantine", Reason.SOP_CLASS),
@@ -652,3 +656,53 @@ def test_facts_survive_the_index(seen: GateFacts) -> None:
     written = signs_of(seen)
     assert facts_from(written) == seen
     assert len(written) < 1000
+
+
+# Screens and reports under a scanner's name.
+
+
+def a_scan(**elements: Any) -> Dataset:
+    plane = {"ImagePositionPatient": [0, 0, 0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+    kind = {"SOPClassUID": uid.MRImageStorage, "Modality": "MR", "ImageType": ["DERIVED", "PRIMARY", "OTHER"]}
+    said = {name: value for name, value in (kind | plane | elements).items() if value is not None}
+    return a_dataset(**said)
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0},
+        {"PhotometricInterpretation": "PALETTE COLOR"},
+        {"PhotometricInterpretation": ["MONOCHROME2", "RGB"]},
+        {"ImagePositionPatient": None, "ImageOrientationPatient": None},
+    ],
+    ids=["colour", "palette", "two photometries", "no place"],
+)
+def test_screen_under_a_scanners_name_has_to_deny_text(elements: dict[str, Any]) -> None:
+    for denied, reason in ((None, Reason.BURNED_IN_UNKNOWN), ("NO", None)):
+        said = {"BurnedInAnnotation": denied} if denied else {}
+        dataset = a_scan(**elements, **said)
+        facts_of_file = read_gate_facts(encode(dataset))
+        assert judge(facts_of_file, GatePolicy()).reason is reason
+        with contained(Reason.MALFORMED):
+            assert gate_facts(dataset) == facts_of_file
+    assert judge(read_gate_facts(encode(a_scan())), GatePolicy()).decision == "train"
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        *("Patientenprotokoll", "PATIENT PROTOCOL", "Dosisbericht", "Capture d'écran", "Copie ecran 3"),
+        *(
+            "Captura de pantalla",
+            "Informe de dosis",
+            "Schermata",
+            "Referto",
+            "Bildschirmfoto",
+            "Rapport de dose",
+        ),
+    ],
+)
+def test_description_that_speaks_of_a_screen_in_another_language_is_heard(description: str) -> None:
+    dataset = a_scan(SeriesDescription=description, SpecificCharacterSet="ISO_IR 100")
+    assert judge(read_gate_facts(encode(dataset)), GatePolicy()).reason is Reason.SCREEN_CAPTURE

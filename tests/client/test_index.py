@@ -285,7 +285,7 @@ def test_a_damaged_index_is_named_with_a_remedy(tmp_path: Path) -> None:
     site = a_site(tmp_path)
     (site.home / INDEX_FILE).write_bytes(b"this is not a database" * 100)
 
-    with pytest.raises(CohortError, match="index cannot be used") as caught:
+    with pytest.raises(CohortError, match="is damaged") as caught:
         index_folder(site)
 
     assert INDEX_FILE in caught.value.remedy
@@ -311,7 +311,7 @@ def test_an_index_of_another_schema_is_made_again(tmp_path: Path, monkeypatch: p
     site = a_site(tmp_path)
     index_folder(site)
 
-    monkeypatch.setattr("fedward_client.index_store.SCHEMA_VERSION", "next")
+    monkeypatch.setattr("fedward_client.index_schema.SCHEMA_VERSION", "next")
 
     assert index_folder(site).num_read == 16
     assert index_folder(site).num_read == 0
@@ -361,3 +361,45 @@ def test_counts_hide_small_numbers(tmp_path: Path) -> None:
     assert counts["year"] == {"2021": "6"}
     assert counts["age"] == {"40-59": "6"}
     assert counts["modality"] == {"CR": "6"}
+
+
+def test_a_dicomdir_is_named_as_such(tmp_path: Path) -> None:
+    site = a_site(tmp_path, num_patients=1)
+    listing = Path(str(pydicom.data.get_testdata_file("DICOMDIR")))
+    (site.dicom / "DICOMDIR").write_bytes(listing.read_bytes())
+
+    summary = index_folder(site)
+
+    assert summary.quarantined == {"directory": 1}
+
+
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ("PRAGMA query_only = 1", "cannot be opened for writing"),
+        ("PRAGMA max_page_count = 1", "disk is full"),
+    ],
+)
+def test_each_fault_of_the_index_file_has_its_own_remedy(tmp_path: Path, statement: str, what: str) -> None:
+    with CaseIndex(tmp_path) as index:
+        index.database.write(statement)
+        with pytest.raises(CohortError, match=what) as told:
+            index.remember("listing", "x" * 1_000_000)
+
+    assert INDEX_FILE in told.value.message
+    assert told.value.remedy
+
+
+def test_an_index_that_another_process_holds_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedward_client.index_database._BUSY_S", 0.01)
+    with (
+        CaseIndex(tmp_path) as first,
+        CaseIndex(tmp_path) as second,
+        first.database.transaction(),
+        pytest.raises(CohortError, match="in use by another process") as told,
+    ):
+        second.remember("listing", "")
+
+    assert "delete" not in told.value.remedy.lower()

@@ -276,3 +276,11 @@ def test_relative_folders_in_the_settings_are_taken_from_the_home(tmp_path: Path
     config = load_config(home)
 
     assert (config.dicom, config.labels) == (tmp_path / "images", Path("/l.csv"))
+
+
+def test_a_site_may_join_without_a_label_file(kit: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
+    config = join(kit, tmp_path / "home", data[0])
+
+    assert config.labels is None
+    assert config.site_data(tmp_path / "home").label_file is None
+    assert load_config(SiteHome(tmp_path / "home")) == config

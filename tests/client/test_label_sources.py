@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,21 @@ def test_cohort_is_labelled_from_whatever_source_it_declares(site: SiteData, lab
     assert sum(case.label for case in cohort.cases) * 2 == len(cohort.cases)
     assert {case.day for case in cohort.cases} == {0}
     assert len({(case.patient, case.label) for case in cohort.cases}) == 4
+
+
+def test_a_site_without_a_label_file_takes_labels_from_objects_and_is_told_where_it_needs_one(
+    site: SiteData,
+) -> None:
+    slices = a_study(1)
+    put(site, *slices, a_segmentation(slices, a_mask(1), types=(LIVER,)))
+    declared = 'unit = "volume"\nmodalities = ["CT"]\n'
+    from_masks = '[labels]\nsource = "segmentations"\nmask = { segment = "SCT:10200004" }\n'
+    site = replace(site, label_file=None)
+    (site.home / "cohort.toml").write_text(declared + from_masks)
+    index_folder(site)
+    assert len(open_cohort(site, DataPart(modalities=("CT",)), ("healthy", "ill")).cases) == 1
+
+    (site.home / "cohort.toml").write_text(declared)
+    with pytest.raises(CohortError, match="names none") as told:
+        open_cohort(site, DataPart(modalities=("CT",)), ("healthy", "ill"))
+    assert "`labels` in HOME/site.toml" in told.value.remedy

@@ -113,6 +113,34 @@ def test_delimiter_is_the_one_that_yields_the_header(tmp_path: Path) -> None:
     assert [row.key for row in read_labels(write(tmp_path, text)).rows] == ["1.2"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
+def test_what_programs_put_around_a_cell_is_taken_off(tmp_path: Path, encoding: str) -> None:
+    """Empty columns, blanks before quotes, invisible characters, and a formula that keeps zeros."""
+    lines = [
+        "AccessionNumber,label,,",
+        '="00123", "müde",,',
+        '"=""00124""",b',
+        "\u200b125\u00a0,\u2060c\ufeff,",
+        ",,,,",
+    ]
+    text = ("\ufeff" if encoding == "utf-16-le" else "") + "\r\n".join(lines)
+    rows = read_labels(write(tmp_path, text, encoding)).rows
+    assert [(row.number, row.key, row.label) for row in rows] == [
+        (2, "00123", "müde"),
+        (3, "00124", "b"),
+        (4, "125", "c"),
+    ]
+
+
+@pytest.mark.parametrize("number", ["1.23457E+11", "1,23457E+11", "2.019e12"])
+def test_a_key_of_which_a_spreadsheet_dropped_digits_is_refused(tmp_path: Path, number: str) -> None:
+    text = f"AccessionNumber;label\n{number};0\n"
+    with pytest.raises(
+        CohortError, match="row 2: AccessionNumber is a number that a spreadsheet has shortened"
+    ):
+        read_labels(write(tmp_path, text))
+
+
 def test_file_beyond_the_limit_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(label_file, "MAX_LABEL_BYTES", 2**20)
     path = write(tmp_path, "SOPInstanceUID,label\n")
@@ -294,3 +322,9 @@ def test_examples_in_docstrings_hold(module: ModuleType) -> None:
 
     assert found.attempted > 0
     assert found.failed == 0
+
+
+def test_a_label_file_that_is_not_there_is_told_from_one_that_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(CohortError, match="No such file") as told:
+        read_labels(tmp_path / "CNRY.csv")
+    assert "CNRY" not in told.value.message + told.value.remedy

@@ -268,3 +268,18 @@ def test_doctor_changes_nothing(home: SiteHome) -> None:
 
     assert {path: after[path] for path in content} == content
     assert {path.name for path in after} - {path.name for path in content} <= {"ledger.sqlite"}
+
+
+def test_a_label_file_is_asked_for_only_where_the_cohort_takes_labels_from_one(home: SiteHome) -> None:
+    text = home.config.read_text()
+    home.config.write_text("".join(line for line in text.splitlines(True) if not line.startswith("labels")))
+    assert failing(home) == {"labels"}
+    assert "names none" in run(home)["labels"].detail
+
+    (home.root / "cohort.toml").write_text(
+        'unit = "volume"\nlabels.source = "segmentations"\nlabels.mask = { segment = "SCT:10200004" }\n'
+    )
+    assert failing(home) == set()
+    assert "segmentations among the images" in run(home)["labels"].detail
+    home.config.write_text(text)
+    assert "`labels` in site.toml is not used" in run(home)["labels"].detail

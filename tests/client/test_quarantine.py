@@ -13,10 +13,10 @@ from fedward_client.cohort_file import COHORT_FILE
 from fedward_client.dicom.refusal import Reason
 from fedward_client.index import index_folder
 from fedward_client.pseudonyms import load_pseudonym_key, study_code_of
-from fedward_client.quarantine import quarantine_rows
+from fedward_client.quarantine import quarantine_rows, standing_of
 from fedward_client.site_data import SiteData
 from fedward_common.errors import CohortError
-from tests.builders import a_site, a_uid
+from tests.builders import a_dicom, a_site, a_uid
 from tests.label_builders import LIVER, SPLEEN, a_segmentation, a_volume, written
 
 SEGMENTS = """
@@ -75,3 +75,32 @@ def test_what_is_refused_is_listed_although_no_label_can_be_had(site: SiteData) 
         open_cohort(site)
 
     assert {row.reason for row in quarantine_rows(site)} == {Reason.TRUNCATED, Reason.MISSING_SLICES}
+
+
+def test_many_files_that_are_no_image_make_one_line(tmp_path: Path) -> None:
+    site = a_site(tmp_path)
+    for number in range(30):
+        (site.dicom / f"notes{number}.txt").write_bytes(b"no image %d" % number)
+    (site.dicom / "empty.dcm").touch()
+    index_folder(site)
+
+    rows = quarantine_rows(site, names=True)
+
+    assert sorted((row.reason.value, row.num_files) for row in rows) == [("empty", 1), ("not_dicom", 30)]
+    (strays,) = (row for row in rows if row.num_files == 30)
+    assert (strays.study, len(strays.names)) == ("", 30)
+
+
+def test_what_is_counted_is_what_is_listed(tmp_path: Path) -> None:
+    site = a_site(tmp_path)
+    (site.dicom / "notes.txt").write_bytes(b"no image")
+    (site.dicom / "again.txt").write_bytes(b"no image")
+    (site.dicom / "screen.dcm").write_bytes(a_dicom(PatientID="b", BurnedInAnnotation="YES"))
+    index_folder(site, lambda *_: (site.dicom / "0-0.dcm").unlink(missing_ok=True))
+
+    standing = standing_of(site)
+
+    assert standing.quarantined == {"not_dicom": 2, "burned_in": 1, "changed": 1}
+    assert (standing.num_quarantined, standing.num_images, standing.num_left_out) == (4, 15, 0)
+    listed = {row.reason.value: row.num_files for row in quarantine_rows(site)}
+    assert listed == standing.quarantined

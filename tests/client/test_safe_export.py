@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import stat
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.safe_copy import clean
 from fedward_client.dicom.sandbox import DecodeSandbox, SiteFile
 from fedward_client.dicom.stored_pixels import decode_stored
+from fedward_client.export_folder import ExportFolder
 from fedward_client.index import index_folder
-from fedward_client.safe_export import ExportFile, export, export_cohort
+from fedward_client.safe_export import ExportFile, ExportReport, export, export_cohort, settings_digest
 from fedward_client.site_data import SiteData
 from fedward_client.text_sampling import sample_text
 from fedward_common.errors import CohortError, StorageError
@@ -155,9 +158,60 @@ def test_json_names_each_file_by_digest_and_refusals_by_reason(
     assert "owalczyk" not in said.out + said.err
 
 
+def test_few_files_are_copied_in_a_confined_process_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = a_site(tmp_path / "data", num_patients=2, images_per_patient=1, **NAMED)
+    index_folder(site)
+    monkeypatch.setattr(safe_export, "make_copy", None)
+
+    assert len(exported(site, tmp_path / "out").written) == 2
+
+
+def test_a_file_of_a_million_items_is_refused_before_it_is_read_into_objects() -> None:
+    items = bytes.fromhex("feff00e000000000") * 10**6
+    sequence = bytes.fromhex("29001010") + b"SQ\0\0" + len(items).to_bytes(4, "little") + items
+    data = a_dicom(**NAMED)
+    place = data.index(bytes.fromhex("e07f1000"))
+
+    with pytest.raises(UnusableImageError) as caught:
+        make_copy(data[:place] + sequence + data[place:], b"k" * 32, ExportOptions())
+
+    assert caught.value.reason == Reason.OVER_LIMIT
+
+
+def test_stopped_command_says_what_is_done_and_goes_on(
+    run: Run, federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = a_site(tmp_path / "data", num_patients=4, images_per_patient=1, **NAMED)
+    home, out = joined(run, federation, site, tmp_path / "home"), tmp_path / "out"
+
+    def stopped_at_the_third(data: bytes, *rest: Any) -> Any:
+        if len(copies_in(out)) == 2:
+            raise KeyboardInterrupt
+        return make_copy(data, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safe_export, "export", partial(export, num_processes=0))
+        patch.setattr(safe_export, "make_copy", stopped_at_the_third)
+        said = run("cohort", "deidentify", out, "--home", home)
+        assert said.code == 130
+        assert "2 of 4 files have a safe copy" in said.out
+        assert "Stopped: 2 files are left; the same command goes on with them." in said.out
+        document = run("cohort", "deidentify", out, "--home", home, "--json")
+        assert (document.code, document.json["stopped"], document.json["from_before"]) == (130, True, 2)
+    said = run("cohort", "deidentify", out, "--home", home)
+    assert said.code == 0
+    assert "4 of 4 files have a safe copy" in said.out
+    assert "2: from an earlier run, unchanged" in said.out
+    assert len(copies_in(out)) == 4
+    assert not (out / ".unfinished").exists()
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, patient: str) -> None:
-    """Break the rule for names in files of one patient."""
+    """Break the rule for names in files of one patient; copies are then made in this process."""
     honest = clean
+    monkeypatch.setattr(safe_export, "export", partial(export, num_processes=0))
 
     def forgetful(source: Any, *rest: Any) -> Any:
         copy = honest(source, *rest)
@@ -227,8 +281,15 @@ def test_full_disk_ends_the_export_and_leaves_no_half_copy(tmp_path: Path) -> No
     site = a_site(tmp_path / "data", num_patients=1, columns=2000)
     index_folder(site)
     with pytest.raises(StorageError, match="cannot be written"), a_disk_of(20_000):
-        export(files_of(site), site.dicom, tmp_path / "out", KEY, OPTIONS)
+        exported(site, tmp_path / "out")
     assert copies_in(tmp_path / "out") == []
+    assert exported(site, tmp_path / "out").num_kept == 0
+    assert len(copies_in(tmp_path / "out")) == 2
+
+
+def exported(site: SiteData, out: Path, files: list[ExportFile] | None = None, **how: Any) -> ExportReport:
+    with ExportFolder(site.home, out, settings_digest(KEY, OPTIONS)) as folder:
+        return export(files or files_of(site), site.dicom, folder, KEY, OPTIONS, **how)
 
 
 def files_of(site: SiteData) -> list[ExportFile]:
@@ -266,8 +327,14 @@ def test_two_files_of_one_uid_give_one_copy(tmp_path: Path) -> None:
     site = a_site(tmp_path / "data", num_patients=1, images_per_patient=1)
     index_folder(site)
     (file,) = files_of(site)
-    report = export([file, file], site.dicom, tmp_path / "out", KEY, OPTIONS)
+    other = a_dicom(PatientID="P0", SOPInstanceUID=a_uid("0-0"))
+    (site.dicom / "other.dcm").write_bytes(other)
+    twin = ExportFile(hashlib.sha256(other).hexdigest(), b"other.dcm", file.study)
+    report = exported(site, tmp_path / "out", [file, twin])
     assert [each.reason for each in report.files] == [None, Reason.SAME_UID]
+    again = exported(site, tmp_path / "out", [file, twin])
+    assert [each.reason for each in again.files] == [None, Reason.SAME_UID]
+    assert again.num_kept == 1
 
 
 # Real studies.

@@ -29,6 +29,8 @@ from fedward_client.dicom.decode import decode_image
 from fedward_client.dicom.frames import Frames, decode_frames
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.sandbox import DecodeSandbox, Outcome, SiteFile
+from fedward_client.dicom.sandbox_answers import outcomes_of
+from fedward_client.dicom.sandbox_process import DecoderProcess, Pace
 from fedward_client.dicom.sandbox_wire import (
     DEPTH,
     Take,
@@ -39,7 +41,7 @@ from fedward_client.dicom.sandbox_wire import (
     receive,
     send,
 )
-from fedward_client.dicom.shared_pixels import MEMORIES, Memories, SharedArray
+from fedward_client.dicom.shared_pixels import MEMORIES, PIECE_BYTES, Memories, SharedArray
 from fedward_client.dicom.stored_pixels import decode_stored
 from fedward_common.errors import CohortError
 from tests.builders import a_dataset, a_dicom, encode
@@ -219,7 +221,7 @@ def test_processes_are_limited_and_confined(decoders: DecodeSandbox) -> None:
         }
         assert limit["AS"][0] == limit["AS"][1] < 1024 * 2**20
         assert limit["FSIZE"] == (512 * 2**20, 512 * 2**20)
-        assert limit["NOFILE"] == (128, 128)
+        assert limit["NOFILE"] == (48, 48)
         assert limit["CORE"] == (0, 0)
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
         status = dict(line.split(":", 1) for line in lines)
@@ -278,13 +280,17 @@ def processor_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+
+
 def test_a_process_that_dies_idle_costs_no_file(tmp_path: Path) -> None:
     (file,) = put(tmp_path, ct=a_dicom(NOISE, **CT))
 
     with DecodeSandbox() as sandbox:
         (pid,) = sandbox.pids
         os.kill(pid, signal.SIGKILL)
-        while Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z":
+        while state_of(pid) != "Z":
             os.sched_yield()
         frames = sandbox.decode_frames(file.root, file.name)
 
@@ -301,6 +307,118 @@ def test_a_batch_loses_only_the_file_that_kills(tmp_path: Path, monkeypatch: pyt
 
     assert [reason_of(each) for each in outcomes[:2] + outcomes[3:]] == [None] * 4
     assert len(outcomes) == 5
+
+
+def test_small_images_go_several_at_a_time_and_only_the_one_at_fault_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first attempt: one that takes all its time must not have it again to be found out."""
+    started: list[tuple[int, float]] = []
+    sizes: list[int] = []
+    start, replies = DecoderProcess, outcomes_of
+
+    def counted(*limits: Any) -> DecoderProcess:
+        started.append(limits)
+        return start(*limits)
+
+    def seen(message: Any, num_files: int, *others: Any) -> list[Outcome]:
+        sizes.append(num_files)
+        return replies(message, num_files, *others)
+
+    monkeypatch.setattr(module, "DecoderProcess", counted)
+    monkeypatch.setattr(module, "outcomes_of", seen)
+    good = {f"a{number:02}": a_dicom(NOISE + np.uint16(number), **CT) for number in range(40)}
+    *quick, slow = put(tmp_path, **good, slow=slow_file())
+
+    with DecodeSandbox(cpu_s=0.05) as sandbox:
+        outcomes = list(sandbox.map([*quick[:32], slow, *quick[32:]], "frames"))
+
+    assert [number for number, each in enumerate(outcomes) if not isinstance(each, Frames)] == [32]
+    assert reason_of(outcomes.pop(32)) == Reason.OVER_LIMIT
+    for number, outcome in enumerate(outcomes):
+        assert isinstance(outcome, Frames)
+        assert outcome.values[0, 0, 0] == 2.0 * (int(NOISE[0, 0]) + number) - 1000
+    assert len(started) == 2
+    assert max(sizes) > 4
+
+
+def test_the_pace_follows_what_an_image_takes() -> None:
+    pace = Pace("frames")
+    slice_values = np.empty((512, 512), np.float32)
+    sizes = []
+    for outcomes, cpu_s in (
+        ([slice_values], 0.001),
+        ([slice_values] * 4, 0.0001),  # no more fit into one piece of memory
+        ([np.empty((8, 8), np.float32)], 0.0001),
+        ([slice_values], 0.5),
+        ([UnusableImageError(Reason.EMPTY)] * 2, 0.0),
+    ):
+        pace.note(list(outcomes), cpu_s)
+        sizes.append(pace.num_files)
+
+    assert Pace("frames").num_files == 1
+    assert sizes == [4, 4, 16, 1, 16]
+
+
+@pytest.mark.parametrize("retiring", ["true", "false"])
+def test_answers_that_come_with_the_end_of_their_process_are_read(
+    retiring: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that makes way for a fresh one is gone when the next file is for it; nobody is to blame."""
+    files = put(tmp_path, **{f"f{number}": a_dicom(NOISE, **CT) for number in range(2)})
+    answer = '{"replies": [{"refused": "multi_frame", "kind": ""}], "retiring": %s, "cpu_s": 1.0}'
+    impostor(monkeypatch, tmp_path, answer % retiring, num_answers=1)
+
+    def once_ended(pid: int) -> Iterator[SiteFile]:
+        yield files[0]
+        while state_of(pid) != "Z":
+            os.sched_yield()
+        yield files[1]
+
+    with DecodeSandbox() as sandbox:
+        outcomes = list(sandbox.map(once_ended(sandbox.pids[0]), "frames"))
+
+    assert [reason_of(each) for each in outcomes] == [Reason.MULTI_FRAME] * 2
+
+
+def test_two_processes_that_fail_at_the_same_time_are_both_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first one's files are asked for again, the second is found out as well."""
+    (file,) = put(tmp_path, ct=a_dicom(NOISE, **CT))
+    impostor(monkeypatch, tmp_path, "not json")
+
+    with DecodeSandbox(2) as sandbox:
+
+        def both_answered() -> Iterator[SiteFile]:
+            yield from [file] * 32
+            while len(sandbox._selector.select()) < 2:
+                os.sched_yield()
+
+        outcomes = list(sandbox.map(both_answered(), "facts"))
+
+    assert [reason_of(each) for each in outcomes] == [Reason.OVER_LIMIT] * 32
+
+
+def test_files_of_a_folder_that_was_replaced_are_found(decoders: DecodeSandbox, tmp_path: Path) -> None:
+    data = [a_dicom(NOISE + np.uint16(number), **CT) for number in range(3)]
+    (tmp_path / "series").mkdir()
+    put(tmp_path / "series", a=data[0])
+    files = [SiteFile(tmp_path, b"series/a"), SiteFile(tmp_path, b"series/b")]
+
+    def replaced() -> Iterator[SiteFile]:
+        yield files[0]
+        (tmp_path / "series").rename(tmp_path / "other")
+        (tmp_path / "series").mkdir()
+        put(tmp_path / "series", a=data[1], b=data[2])
+        yield files[1]
+
+    first = [each.values[0, 0, 0] for each in decoders.map(replaced(), "frames") if isinstance(each, Frames)]
+    again = decoders.decode_frames(tmp_path, b"series/a").values[0, 0, 0]
+
+    lowest = 2.0 * int(NOISE[0, 0]) - 1000
+    assert first == [lowest, lowest + 4]
+    assert again == lowest + 2
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -404,7 +522,7 @@ def test_an_array_is_taken_only_when_its_memory_is_sealed_and_fits() -> None:
     assert take([2, 3], "float32")[1, 2] == 5
 
     for shape, dtype in (
-        ([3, 3], "float32"),
+        ([PIECE_BYTES // 8, 3], "float32"),
         ([2, 3], "float64"),
         ([2, 3], "object"),
         ([6], "float32"),
@@ -414,6 +532,9 @@ def test_an_array_is_taken_only_when_its_memory_is_sealed_and_fits() -> None:
     ):
         with pytest.raises(WireError):
             take(shape, dtype)
+    for start in (-64, 8, 64.0, "0", 2**40, PIECE_BYTES):
+        with pytest.raises(WireError):
+            take([2, 3], "float32", start)
     shared.close()
     memories = Memories()
     with pytest.raises(WireError):  # nothing has come
@@ -459,6 +580,35 @@ def test_when_too_much_is_lent_arrays_are_copied() -> None:
     shared.allocate((2, 3), np.dtype(np.float32))[0, 0] = 7
 
     assert [each[0, 0] for each in held] == [7] * (MEMORIES - DEPTH) + [0] * (MEMORIES + DEPTH)
+    shared.close()
+
+
+def test_arrays_of_one_request_lie_side_by_side_and_are_lent_together() -> None:
+    shared = SharedArray()
+    starts = []
+    for number in range(2):
+        shared.allocate((2, 3), np.dtype(np.float32))[...] = -1
+        shared.drop()  # a file that was refused leaves nothing
+        shared.allocate((2, 3), np.dtype(np.float32))[...] = number
+        starts.append(shared.keep())
+    with pytest.raises(MemoryError):
+        shared.allocate((PIECE_BYTES // 4,), np.dtype(np.float32))
+    assert shared.is_full
+    memories = Memories()
+    number = memories.reserve()
+    memories.renew(number, shared.file)
+
+    first, second = (memories.array(number, [2, 3], "float32", start, lend=True) for start in starts)
+    memories.settle(number)
+    assert (first.max(), second.max()) == (0, 1)
+    del first
+    gc.collect()
+    free = {memories.reserve() for _ in range(MEMORIES - 1)}
+    assert number not in free
+    del second
+    assert memories.reserve() == number
+    shared.release()
+    assert not shared.is_full
     shared.close()
 
 
@@ -616,7 +766,7 @@ def test_open_files_that_come_with_no_message_are_closed() -> None:
     assert len(inside) <= len(before)
 
 
-def impostor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str) -> None:
+def impostor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str, num_answers: int = 1000) -> None:
     """Let the decoder process be a program that says it is ready and then gives one answer to all."""
     script = tmp_path / "impostor.py"
     script.write_text(
@@ -625,7 +775,9 @@ def impostor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str) -> No
         "def say(text):\n"
         "    channel.sendall(struct.pack('<I', len(text)) + text)\n"
         "say(b'{\"confined\": []}')\n"
-        "while channel.recv(100000):\n"
+        f"for _ in range({num_answers}):\n"
+        "    if not channel.recv(100000):\n"
+        "        break\n"
         f"    say({answer!r}.encode())\n"
     )
     launcher = tmp_path / "launcher"
@@ -639,12 +791,15 @@ def impostor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str) -> No
     [
         "not json",
         "[]",
-        '{"replies": [], "retiring": false}',
-        '{"replies": [{}], "retiring": false}',
-        '{"replies": [{"refused": "because", "kind": ""}], "retiring": false}',
-        '{"replies": [{"frames": {}}], "retiring": false}',
-        '{"replies": [{"image": [[2, 2], "float32"]}], "retiring": false}',
-        '{"replies": [7], "retiring": false}',
+        '{"replies": [], "retiring": false, "cpu_s": 0.1}',
+        '{"replies": [{}], "retiring": false, "cpu_s": 0.1}',
+        '{"replies": [{"refused": "because", "kind": ""}], "retiring": false, "cpu_s": 0.1}',
+        '{"replies": [{"frames": {}}], "retiring": false, "cpu_s": 0.1}',
+        '{"replies": [{"image": [[2, 2], "float32"]}], "retiring": false, "cpu_s": 0.1}',
+        '{"replies": [7], "retiring": false, "cpu_s": 0.1}',
+        '{"replies": [{"refused": "empty", "kind": ""}], "retiring": false, "cpu_s": NaN}',
+        '{"replies": [{"refused": "empty", "kind": ""}], "retiring": false, "cpu_s": -1.0}',
+        '{"replies": [{"changed": true}, {"changed": true}], "retiring": false, "cpu_s": 0.1}',
     ],
 )
 def test_an_answer_that_makes_no_sense_costs_the_file(
@@ -666,7 +821,7 @@ def test_a_kind_that_is_no_name_of_the_dictionary_is_not_shown(
     impostor(
         monkeypatch,
         tmp_path,
-        '{"replies": [{"refused": "sop_class", "kind": "DOE^JOHN"}], "retiring": false}',
+        '{"replies": [{"refused": "sop_class", "kind": "DOE^JOHN"}], "retiring": false, "cpu_s": 0.1}',
     )
 
     with DecodeSandbox() as sandbox, pytest.raises(UnusableImageError) as caught:
@@ -697,7 +852,7 @@ def served(requests: list[tuple[dict[str, Any], list[Path]]], grown: Callable[[]
         code = 5
         try:
             ours.close()
-            sandbox_worker._serve(theirs, sandbox_worker.Limits(512 * 2**20, 5.0), grown)
+            sandbox_worker._serve(theirs, sandbox_worker.Limits(512 * 2**20, 5.0), grown, bytearray(1))
             code = 4
         except WireError:
             code = 3
@@ -743,13 +898,23 @@ def test_serving_process_answers_each_kind_of_question(tmp_path: Path) -> None:
     replies = [answer["replies"] for answer, _ in answers[:-1]]
     assert [num_files for _, num_files in answers] == [1, 0, 0, 0, 0, 0, 0, 0]  # memory, when it is new
     assert replies[0][0]["frames"]["units"] == "HU"
-    assert replies[1][0]["image"] == [[64, 48], "float32"]
-    assert replies[2][0]["image"] == [[1, 64, 48], "uint16"]
+    assert replies[1][0]["image"] == [[64, 48], "float32", 0]
+    assert replies[2][0]["image"] == [[1, 64, 48], "uint16", 0]
     assert replies[3][0] == {"refused": "dimensions", "kind": ""}
     assert replies[4][0] == {"changed": True}
     assert [len(reply["facts"]) for reply in replies[5]] == [4, 4, 4]
     assert replies[6][0] == {"refused": "too_large", "kind": ""}
     assert answers[-1] == (3, 0)  # the other side closed the channel
+
+
+def test_serving_process_answers_for_as_many_images_as_there_is_room_for(tmp_path: Path) -> None:
+    put(tmp_path, ct=a_dicom(np.zeros((512, 512), np.uint16), **CT))
+    request = {"what": "frames", "contents": [None] * 6, "memory": 0}
+
+    answers = served([(request, [tmp_path / "ct"] * 6)], lambda: False)
+
+    replies = answers[0][0]["replies"]
+    assert [reply["frames"]["values"][2] for reply in replies] == [0, 2**20, 2 * 2**20, 3 * 2**20]
 
 
 def test_serving_process_that_has_grown_ends_after_its_answer(tmp_path: Path) -> None:
@@ -766,7 +931,11 @@ def test_a_process_that_has_grown_is_replaced_without_blame(
 ) -> None:
     """Fragments of a large image stay: a fresh process takes over, and every file is answered."""
     files = put(tmp_path, **{f"f{number}": a_dicom(NOISE, **CT) for number in range(4)})
-    impostor(monkeypatch, tmp_path, '{"replies": [{"refused": "multi_frame", "kind": ""}], "retiring": true}')
+    impostor(
+        monkeypatch,
+        tmp_path,
+        '{"replies": [{"refused": "multi_frame", "kind": ""}], "retiring": true, "cpu_s": 0.1}',
+    )
 
     with DecodeSandbox() as sandbox:
         outcomes = list(sandbox.map(files, "frames"))

@@ -15,14 +15,16 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from fedward_client.dicom.label_grid import Grid, label_map
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.segmentation import read_segmentation
 from fedward_client.dicom.segmentation_masks import align, align_image
+from fedward_client.dicom.syntaxes import ENCAPSULATED_UNCOMPRESSED
 from fedward_client.labels import Concept
-from tests.builders import a_dataset, a_uid
+from tests.builders import a_dataset, a_uid, encode
 from tests.label_builders import AXIAL, LIVER, SPLEEN, TUMOUR, a_segmentation, a_volume, grid_of, written
 
 LIVER_CONCEPT = Concept("SCT", "10200004")
@@ -172,6 +174,19 @@ def test_compressed_objects(kind: str, transfer_syntax: str) -> None:
     truth = noise(3, 34, 36)
     values = truth.astype(float) if kind == "FRACTIONAL" else truth
     data = written(a_segmentation(slices, values, kind=kind, transfer_syntax=transfer_syntax))
+
+    masks = align(read_segmentation(data), grid_of(slices), {"liver": LIVER_CONCEPT})
+
+    assert np.array_equal(masks.values[0], truth)
+
+
+def test_uncompressed_frames_in_fragments() -> None:
+    slices = a_volume(3, 34, 36)
+    truth = noise(3, 34, 36)
+    dataset = a_segmentation(slices, truth.astype(float), kind="FRACTIONAL")
+    stored = np.frombuffer(dataset.PixelData, np.uint8)[: dataset.NumberOfFrames * 34 * 36]
+    dataset.PixelData = encapsulate([each.tobytes() for each in stored.reshape(-1, 34 * 36)])
+    data = encode(dataset, ENCAPSULATED_UNCOMPRESSED)
 
     masks = align(read_segmentation(data), grid_of(slices), {"liver": LIVER_CONCEPT})
 

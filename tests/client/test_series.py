@@ -696,3 +696,78 @@ def test_the_order_of_the_files_changes_nothing(seed: int) -> None:
         for a_volume, same in zip(one.volumes, other.volumes, strict=True):
             np.testing.assert_array_equal(a_volume.affine, same.affine)
             assert (a_volume.shape, a_volume.label, a_volume.copies) == (same.shape, same.label, same.copies)
+
+
+DERIVED = ("DERIVED", "SECONDARY", "MPR")
+
+
+def lifted(truth: Truth, mm: float) -> Truth:
+    return replace(truth, origins=truth.origins + mm * truth.axes[2])
+
+
+@pytest.mark.parametrize("lift", [1.25, 0.4])
+def test_derived_pictures_between_the_slices_are_a_volume_of_their_own(lift: float) -> None:
+    """Stacked together they would be a grid as regular as any."""
+    acquired = facts_of(a_truth(num_slices=9), "acquired")
+    derived = facts_of(lifted(a_truth(num_slices=9), lift), "derived", 100, image_type=DERIVED)
+    verdict = group_series(acquired + derived)
+    assert (verdict.refused, verdict.dropped) == (None, ())
+    found = {volume.label: [each.content for each in volume.slices] for volume in verdict.volumes}
+    assert found == {
+        (("kind", kind[:2]),): sorted(each.content for each in part)
+        for kind, part in ((DERIVED, derived), (acquired[0].image_type, acquired))
+    }
+
+
+@pytest.mark.parametrize("place", [-300.0, 1.25, 9 * 2.5])
+def test_a_derived_picture_at_a_place_of_its_own_is_left_out_by_name(place: float) -> None:
+    picture = facts_of(lifted(a_truth(num_slices=1, size=(64, 64)), place), "screen", 10, image_type=DERIVED)
+    verdict = group_series(facts_of(a_truth(num_slices=9)) + picture)
+    assert [len(volume.slices) for volume in verdict.volumes] == [9]
+    assert verdict.dropped == (("screen 0000", 0, Reason.MIXED_SERIES),)
+
+
+def test_a_volume_that_goes_on_as_another_kind_is_refused() -> None:
+    truth = a_truth(num_slices=9)
+    rest = facts_of(truth.part([5, 6, 7, 8]), "rest", 6, image_type=("DERIVED", "PRIMARY", "AXIAL"))
+    verdict = group_series(facts_of(truth.part([0, 1, 2, 3, 4])) + rest)
+    assert (verdict.volumes, verdict.refused) == ((), Reason.MIXED_SERIES)
+
+
+def test_a_slice_of_another_kind_is_missing_from_the_others() -> None:
+    slices = facts_of(a_truth(num_slices=9))
+    slices[4] = replace(slices[4], image_type=("DERIVED", "PRIMARY", "AXIAL"))
+    verdict = group_series(slices)
+    assert (verdict.volumes, verdict.refused) == ((), Reason.MISSING_SLICES)
+
+
+def test_a_localizer_that_does_not_say_so_may_have_a_frame_of_reference_of_its_own() -> None:
+    scout = facts_of(a_truth(num_slices=1, axes=CORONAL), "scout", frame_of_reference="1.9")
+    verdict = group_series(facts_of(a_truth(num_slices=5), frame_of_reference="1.8") + scout)
+    assert [len(volume.slices) for volume in verdict.volumes] == [5]
+    assert verdict.dropped == (("scout 0000", 0, Reason.LOCALIZER),)
+
+
+@pytest.mark.parametrize(
+    ("present", "total", "refused"),
+    [
+        ((1, 2, 3), 3, None),
+        ((1, 2, 3), None, None),
+        ((1, 2), 3, Reason.MISSING_SLICES),
+        ((1, 2), None, None),
+        ((2, 3), None, Reason.MISSING_SLICES),
+        ((1, 3), 3, Reason.MISSING_SLICES),
+    ],
+)
+def test_an_image_sent_in_parts_needs_all_of_them(
+    present: tuple[int, ...], total: int | None, refused: Reason | None
+) -> None:
+    truth = a_truth(num_slices=6)
+    slices = [
+        replace(
+            each, content=f"part {part}", frame_index=index, concatenation="1.7", part=part, num_parts=total
+        )
+        for part in present
+        for index, each in enumerate(facts_of(truth.part([2 * part - 2, 2 * part - 1])))
+    ]
+    assert group_series(slices).refused is refused

@@ -283,7 +283,7 @@ def test_too_few_cases_for_the_plan_are_said_as_such(data: SiteData, place: Plac
     site = a_place(data, place.worker, narrow, place.base)
     assert code_of(site.ask("prepare", 0)) is RefusalCode.COHORT_TOO_SMALL
     up = site.ask("train")
-    assert code_of(up) is RefusalCode.OUTBOUND_BLOCKED
+    assert code_of(up) is RefusalCode.COHORT_TOO_SMALL
     assert up.payload is None
 
 

@@ -34,9 +34,14 @@ SLICES = st.builds(
     acquisition_time=_texts,
     frame_of_reference=_texts,
     stack=_texts,
+    concatenation=_texts,
     dimensions=st.lists(_integers, max_size=4).map(tuple),
     **dict.fromkeys(
-        ("instance_number", "acquisition_number", "temporal_position", "echo"), st.none() | _integers
+        (
+            *("instance_number", "acquisition_number", "temporal_position", "echo"),
+            *("part", "num_parts"),
+        ),
+        st.none() | _integers,
     ),
     **dict.fromkeys(
         (
@@ -89,6 +94,9 @@ FULL = SliceFacts(
     gantry_tilt=0.0,
     stack="1",
     dimensions=(1, 2),
+    concatenation="1.3",
+    part=1,
+    num_parts=2,
 )
 
 

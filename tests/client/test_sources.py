@@ -12,7 +12,7 @@ import pytest
 
 from fedward_client.sources import folder
 from fedward_client.sources.folder import find_files, read_content
-from fedward_client.sources.refresh import watch_source
+from fedward_client.sources.refresh import Wanted, watch_source
 from fedward_client.sources.settings import FolderConfig, Selection
 from fedward_common.errors import CohortError
 
@@ -126,7 +126,7 @@ def test_a_file_too_large_to_hold_is_hashed_and_not_held(
 
 def test_watching_a_folder_yields_when_something_changed(tmp_path: Path) -> None:
     folder = tmp_path / "dicom"
-    watch = watch_source(FolderConfig(path=folder, poll_s=0.1), tmp_path, Selection())
+    watch = watch_source(FolderConfig(path=folder, poll_s=0.1), tmp_path, lambda: Wanted(Selection()))
 
     def arrive() -> None:
         folder.mkdir()

@@ -16,10 +16,11 @@ from fedward_client.purging import purge
 from fedward_client.sources.manifest import Kept, Manifest, Refusal
 from fedward_client.sources.part10 import Instance
 from fedward_client.sources.receiver import receiving
-from fedward_client.sources.refresh import watch_source
+from fedward_client.sources.refresh import Wanted, refresh_source, watch_source
+from fedward_client.sources.retrieval import Retrieved
 from fedward_client.sources.settings import DicomwebConfig, DimseConfig, Selection
 from fedward_client.sources.spool import Spool, SpoolBusyError
-from fedward_common.errors import StorageError
+from fedward_common.errors import CohortError, StorageError
 from tests.integration.deployment import free_ports
 
 XRAYS = Selection(modalities=("CR", "DX"))
@@ -172,7 +173,10 @@ def test_a_spool_that_is_being_filled_is_not_purged(tmp_path: Path) -> None:
 
 def test_a_watch_outlives_a_retrieval_by_somebody_else(tmp_path: Path) -> None:
     nobody = DicomwebConfig(kind="dicomweb", url="http://127.0.0.1:1/", attempts=1, poll_s=0.1)
-    with open_spool(tmp_path) as spool, closing(watch_source(nobody, tmp_path, XRAYS)) as watch:
+    with (
+        open_spool(tmp_path) as spool,
+        closing(watch_source(nobody, tmp_path, lambda: Wanted(XRAYS))) as watch,
+    ):
         with spool.retrieving():
             spool.add(an_instance())
             next(watch)
@@ -192,3 +196,31 @@ def test_a_receiver_keeps_others_from_purging_what_it_receives_into(tmp_path: Pa
     )
     with receiving(node, tmp_path), pytest.raises(SpoolBusyError):
         purge(tmp_path)
+
+
+def test_two_processes_do_not_exceed_the_limit_together(tmp_path: Path) -> None:
+    with open_spool(tmp_path, max_bytes=3000) as first, open_spool(tmp_path, max_bytes=3000) as second:
+        first.add(an_instance(1, 1500))
+        with pytest.raises(StorageError, match="spool is full"):
+            second.add(an_instance(2, 1501))
+        with first.retrieving(), pytest.raises(SpoolBusyError):
+            second.add(an_instance(3, 10))
+
+    assert len(files_in(tmp_path)) == 1
+
+
+def test_where_the_pacs_pushes_and_nothing_came_the_operator_is_told_to_listen(tmp_path: Path) -> None:
+    node = DimseConfig.model_validate(
+        {
+            **{"kind": "dimse", "host": "127.0.0.1", "port": 104, "pacs_ae_title": "PACS", "ae_title": "US"},
+            **{"retrieve": "push", "listen": "127.0.0.1:11112"},
+        }
+    )
+
+    with pytest.raises(CohortError, match="none has come yet") as told:
+        refresh_source(node, tmp_path, XRAYS)
+    assert "cohort index --watch" in told.value.remedy
+
+    with open_spool(tmp_path) as spool:
+        spool.add(an_instance())
+    assert refresh_source(node, tmp_path, XRAYS) == Retrieved()

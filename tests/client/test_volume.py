@@ -6,6 +6,7 @@ import io
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -319,6 +320,27 @@ def test_time_points_of_one_enhanced_file_become_volumes() -> None:
     ]
     for truth, volume in zip(truths, volumes, strict=True):
         assert part_in_place(volume.values, volume.affine, truth) == 1.0
+
+
+def test_parts_of_a_concatenation_are_one_volume_and_one_that_is_missing_is_missed() -> None:
+    truth = quantised(a_truth())
+    whole = a_multiframe([truth])
+    groups, parts = whole.PerFrameFunctionalGroupsSequence, []
+    pixels = np.frombuffer(whole.PixelData, np.int16).reshape(len(groups), -1)
+    for number, frames in enumerate((slice(0, 2), slice(2, 5), slice(5, 7)), start=1):
+        part = deepcopy(whole)
+        part.SOPInstanceUID = a_uid(f"part {number}")
+        part.ConcatenationUID, part.InConcatenationNumber = a_uid("concatenation"), number
+        part.InConcatenationTotalNumber, part.ConcatenationFrameOffsetNumber = 3, frames.start
+        part.PerFrameFunctionalGroupsSequence, part.NumberOfFrames = groups[frames], len(groups[frames])
+        part.PixelData = pixels[frames].tobytes()
+        parts.append(part)
+
+    volume = only_volume(shuffled(files_of(parts)))
+
+    assert part_in_place(volume.values, volume.affine, truth) == 1.0
+    for present in (parts[:2], parts[1:], parts[::2]):
+        assert group_series(read_series(files_of(present))[0]).refused is Reason.MISSING_SLICES
 
 
 @pytest.mark.parametrize("name", ["plain", "oblique", "anisotropic", "slope of each slice", "two slices"])

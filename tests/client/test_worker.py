@@ -92,8 +92,16 @@ def test_opening_a_cohort_gives_the_number_of_cases_for_each_purpose(
 ) -> None:
     header, payload = worker.call(open_request(site, PLAN))
     counts = {"train": NUM_TRAIN, "validation": NUM_VALIDATION, "test": NUM_TEST, "quarantined": 0}
-    assert header == {"ok": True, "counts": counts}
+    assert header == {"ok": True, "counts": counts, "left_out": 0}
     assert payload == b""
+
+
+def test_a_side_with_fewer_patients_than_the_floor_is_in_no_count(
+    worker: WorkerProcess, site: SiteData
+) -> None:
+    header, _ = worker.call(open_request(site, PLAN, name="floor") | {"min_cases": NUM_VALIDATION + 1})
+    counts = {"train": NUM_TRAIN, "validation": 0, "test": 0, "quarantined": 0}
+    assert header == {"ok": True, "counts": counts, "left_out": NUM_VALIDATION + NUM_TEST}
 
 
 def test_a_cohort_opens_with_the_default_settings_of_a_site(worker: WorkerProcess, site: SiteData) -> None:

@@ -65,7 +65,7 @@ def test_what_only_knows_training_refuses_a_readiness_plan() -> None:
 def test_a_signed_readiness_plan_is_read_back_byte_for_byte() -> None:
     signed = signed_survey()
     assert parse_signed_plan(signed.to_bytes()) == signed
-    changed = signed.to_bytes().replace(b'"min_cases":5', b'"min_cases":2')
+    changed = signed.to_bytes().replace(b'"min_cases":5', b'"min_cases":6')
     assert parse_signed_plan(changed).digest != signed.digest
 
 
@@ -74,7 +74,7 @@ def test_a_signed_readiness_plan_is_read_back_byte_for_byte() -> None:
     [
         ({"kind": "gossip"}, "gossip"),
         ({"model": {"name": "cnn2d"}}, "model: Extra inputs"),
-        ({"privacy": {"min_cases": 1}}, "privacy.min_cases: "),
+        ({"privacy": {"min_cases": 2}}, "privacy.min_cases: "),
         ({"survey": {"age_edges": [40, 18]}}, "age_edges must ascend"),
         ({"survey": {"spacing_edges_mm": [0.2, 0.2]}}, "spacing_edges_mm must ascend"),
         ({"survey": {"scanners": ["GE", "GE"]}}, "scanners must differ"),

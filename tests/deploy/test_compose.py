@@ -145,7 +145,7 @@ def test_site_s_settings_name_what_the_compose_file_mounts(name: str, tmp_path: 
     assert config.name == name
     assert config.server == "server:8443"
     assert config.site_data(tmp_path).dicom.is_relative_to("/data")
-    assert config.labels.is_relative_to("/data")
+    assert config.site_data(tmp_path).labels.is_relative_to("/data")
     assert config.threads == float(SERVICES[name]["deploy"]["resources"]["limits"]["cpus"])
 
 

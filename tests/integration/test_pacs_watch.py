@@ -127,7 +127,11 @@ class Watching:
 
     def wait_for(self, event: str) -> None:
         """Wait until its log has an event."""
-        while f'"event": "{event}"' not in self.log.read_text():
+        self.wait_for_text(f'"event": "{event}"')
+
+    def wait_for_text(self, text: str) -> None:
+        """Wait until its log has some words."""
+        while text not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.02)
 
@@ -192,6 +196,28 @@ def test_watching_an_archive_finds_what_is_new_and_ends_when_told(orthanc: Ortha
         found = site.next_pass()["images"]
         while found < len(IMAGES):
             found = site.next_pass()["images"]
+        assert site.stop() == 0
+
+
+def test_a_watch_follows_the_cohorts_file_and_names_what_it_cannot_follow(
+    orthanc: Orthanc, tmp_path: Path
+) -> None:
+    orthanc.add(IMAGES)
+    orthanc.add(a_study(2))
+    home = a_home(tmp_path, WEB)
+
+    with watching(home) as site:
+        assert (site.next_pass()["files"], len(everything_in(spool_root(home)))) == (6, 6)
+        (home / "cohort.toml").write_text("modalities = [")
+        site.wait_for_text("HOME/cohort.toml is not TOML")
+        (home / "cohort.toml").write_text(
+            'modalities = ["CT", "DX"]\n[labels.limits]\nimages_without_row = 1'
+        )
+        while site.next_pass()["files"] < 8:
+            pass
+        with (home / "site.toml").open("a") as settings:
+            settings.write("spool_gb = 1\n")
+        site.wait_for_text("site.toml changed since this watch began")
         assert site.stop() == 0
 
 

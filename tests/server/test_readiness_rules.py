@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,6 +19,7 @@ from hypothesis.extra.numpy import arrays
 from playwright.sync_api import Browser
 from scipy.spatial.distance import jensenshannon
 
+from fedward_client.readiness import weighted
 from fedward_common.envelope import Numbers
 from fedward_common.errors import NotReadyError, PayloadError, RefusalCode, RunFailedError
 from fedward_common.evaluation.report import Provenance
@@ -28,10 +31,10 @@ from fedward_server import console
 from fedward_server.admission import Answer, admit
 from fedward_server.fleet import Question
 from fedward_server.progress import Progress, apply
-from fedward_server.readiness_page import _overview, quantiles_of, render_readiness
+from fedward_server.readiness_page import _overview, render_readiness
 from fedward_server.readiness_report import ReadinessReport
 from fedward_server.readiness_reporting import judged, readiness_report, terminal_notes, terminal_rows
-from fedward_server.readiness_rules import jensen_shannon, overlap
+from fedward_server.readiness_rules import jensen_shannon, overlap, quantiles_of, remedy_of
 from fedward_server.reports import expect_go, page_of, parse_report
 from fedward_server.run_records import EventKind, RunInfo
 from fedward_server.survey import SurveyOutcome, run_survey
@@ -40,6 +43,7 @@ from tests.readiness_builders import a_readiness_plan, a_survey, signed_survey, 
 from tests.server.run_builders import NOON, an_event
 
 PLAN = a_readiness_plan()
+FINER = a_readiness_plan(survey={"intensity": {"bins": 8}})
 SIGNED = signed_survey(PLAN)
 ASK = an_instruction(SIGNED, "survey", round_index=0)
 SIGN, KEY = new_signer()
@@ -183,8 +187,6 @@ def test_a_large_quarantine_stops_training() -> None:
 
 
 def test_dark_images_beside_bright_ones_stop_training() -> None:
-    from fedward_client.readiness import weighted
-
     dark = [replace(each, intensity=weighted(np.array([0, 99, 1, 0, 0, 0]))) for each in some_cases(60, PLAN)]
     assert "min_intensity_overlap" in rules_broken(a_survey(PLAN, dark))
 
@@ -193,6 +195,28 @@ def test_with_more_than_two_labels_patients_of_several_count_for_none() -> None:
     plan = a_readiness_plan(task={"labels": ("a", "b", "c")})
     cases = [surveyed(label, patient, plan, label=label) for patient in range(60) for label in range(3)]
     assert rules_broken(a_survey(plan, cases), plan) >= {"min_patients_per_label"}
+
+
+def test_every_reason_to_stop_names_number_bound_and_remedy() -> None:
+    old = some_cases(60, PLAN, age_years=99, label=0)
+    same = [replace(each, pixels=b"same", intensity=weighted(np.array([0, 99, 1, 0, 0, 0]))) for each in old]
+    report = a_report(north=a_survey(PLAN, [*same, *some_cases(60, PLAN)[:20]], num_refused=99))
+    north = report.sites[0]
+    assert north.site == "north"
+    stops = {reason.rule: reason for reason in north.reasons if reason.level == "stop"}
+    assert {"max_age_distance", "max_repeated_share", "max_refused_share", "min_intensity_overlap"} <= set(
+        stops
+    )
+    assert "permitted: 80 and more" in stops["max_age_distance"].text
+    assert "required: median" in stops["min_intensity_overlap"].text
+    shown = "\n".join(terminal_notes(report))
+    for reason in stops.values():
+        assert len(re.findall(r"\d+", reason.text)) > 1 or "held back" in reason.text
+        assert reason.rule in reason.remedy
+        assert reason.remedy in shown
+        assert reason.remedy in html.unescape(render_readiness(report))
+    # No rule of the plan makes training accept what it refuses.
+    assert "rules." not in remedy_of("max_torn_patients")
 
 
 def test_a_site_alone_is_compared_with_nobody() -> None:
@@ -245,7 +269,22 @@ def test_hostile_surveys_are_refused() -> None:
     leaky["label"][:] = (3, 117)
     huge = a_survey(PLAN)
     huge["intensity"][:] = 2**62
-    for state in (leaky, huge, b"", b"DOE^JANE", pack_state(a_survey(PLAN), PLAN)[:-1]):
+    crowded, negative = a_survey(PLAN), a_survey(PLAN)
+    crowded["num_cases"][0] = crowded["num_patients"][0] = 10**18
+    negative["age"][0] *= -1
+    whole = pack_state(a_survey(PLAN), PLAN)
+    other_edges = pack_state(a_survey(FINER, some_cases(60, FINER)), FINER)
+    for state in (
+        leaky,
+        huge,
+        crowded,
+        negative,
+        b"",
+        b"DOE^JANE",
+        whole[:-1],
+        whole + bytes(8),
+        other_edges,
+    ):
         assert answered(state).code is RefusalCode.UPDATE_MALFORMED
     assert answered(a_survey(PLAN), 119).code is RefusalCode.UPDATE_MALFORMED
     assert answered(a_survey(PLAN), None).code is RefusalCode.UPDATE_MALFORMED
@@ -312,7 +351,7 @@ def test_events_of_a_survey_add_up_to_a_decision() -> None:
 def test_no_go_is_an_error_with_an_exit_code_of_its_own() -> None:
     report = a_report(north=None)
     assert report.decision == "no-go"
-    with pytest.raises(NotReadyError, match="1 rules are not met at 1 sites") as refused:
+    with pytest.raises(NotReadyError, match="1 rule is not met at 1 site") as refused:
         expect_go(report)
     assert refused.value.exit_code == 16
 

@@ -510,3 +510,19 @@ def test_stopping_ends_a_run_that_waits_for_sites_to_come_back(tmp_path: Path) -
     threading.Timer(0.2, run.stop.set).start()
     with pytest.raises(RunStoppedError):
         run.execute()
+
+
+def test_a_run_whose_quorum_can_never_be_reached_does_not_wait_for_it(tmp_path: Path) -> None:
+    sites = three_sites()
+    for site in sites[:2]:
+        site.scripts = {"prepare": refuse(RefusalCode.COHORT_UNUSABLE)}
+    patient = {"quorum": 2, "gather_s": 3600}
+    started = time.monotonic()
+    with pytest.raises(RunFailedError) as caught:
+        ScriptedRun(tmp_path / "unusable", signed(a_plan(participation=patient)), sites).execute()
+    assert "north: the site's images or labels cannot be used for this plan" in caught.value.message
+    large = signed(a_plan(participation=patient | {"quorum": 9}))
+    with pytest.raises(RunFailedError, match="asks for 9 sites, and 3 are there") as few:
+        ScriptedRun(tmp_path / "few", large, three_sites()).execute()
+    assert "participation.quorum" in few.value.remedy
+    assert time.monotonic() - started < 30

@@ -16,6 +16,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,7 @@ MAX_INFLATED_BYTES = 256 * 2**20
 _LONG_VALUE = 64  # bytes; binary values longer than this are searched as pixels are
 _BINARY_VRS = frozenset("OB OW OD OF OL OV UN FL FD US SS UL SL".split())  # noqa: SIM905
 _STREAM = re.compile(rb"\x78[\x01\x5e\x9c\xda]|\x1f\x8b\x08")  # how zlib and gzip begin
+_STREAM_PIECE = 4096
 _SHORTEST_STREAM = 16  # inflated bytes; less is chance
 _TEXT_SEGMENTS = frozenset((0xFE, 0x64, *range(0xE0, 0xF0)))
 _PICTURE_BEGINS = frozenset((0xDA, 0x90))
@@ -180,18 +182,23 @@ class _Budget:
     def inflate(self, data: bytes | memoryview, window_bits: int) -> bytes:
         """What a stream holds, as far as it can be inflated; b"" when it is none.
 
+        Fed piece by piece: zlib copies what it leaves over, and most of what begins like a stream among
+        pixels ends after a few bytes.
+
         Raises:
             UnusableImageError: over the limit.
         """
         inflater = zlib.decompressobj(window_bits)
-        try:
-            found = inflater.decompress(data, self._left + 1)
-        except zlib.error:
-            return b""
-        self._left -= len(found)
-        if self._left < 0:
-            raise UnusableImageError(Reason.OVER_LIMIT)
-        return found
+        found: list[bytes] = []
+        with suppress(zlib.error):
+            for start in range(0, len(data), _STREAM_PIECE):
+                if inflater.eof:
+                    break
+                found.append(inflater.decompress(data[start : start + _STREAM_PIECE], self._left + 1))
+                self._left -= len(found[-1])
+                if self._left < 0:
+                    raise UnusableImageError(Reason.OVER_LIMIT)
+        return b"".join(found)
 
 
 def _streams(part: bytes, budget: _Budget) -> Iterator[bytes]:
@@ -217,17 +224,22 @@ def _divide(data: bytes, budget: _Budget) -> tuple[bytes, list[bytes]]:
     kept = [] if parsed.body is data else [data]  # of a deflated file its own bytes count as well
     binaries = []
     position = 0
+    header_end = parsed.header_end if parsed.pixel_tag is not None else len(parsed.body)
     for start, end in spans:
-        kept.append(parsed.body[position:start])
-        binaries.append(parsed.body[start:end])
-        position = end
-    end = parsed.header_end if parsed.pixel_tag is not None else len(parsed.body)
-    kept.append(parsed.body[position:end])
+        if start < header_end:
+            kept.append(parsed.body[position:start])
+            binaries.append(parsed.body[start:end])
+            position = end
+    kept.append(parsed.body[position:header_end])
     if parsed.pixel_tag is not None:
         binaries += _pixel_parts(parsed, budget)
         if parsed.pixel_length == UNDEFINED_LENGTH:
-            for fragment in _fragments(parsed.body[parsed.pixel_start :]):
+            *fragments, behind = _fragments(parsed.body[parsed.pixel_start :])
+            for fragment in fragments:
                 kept += _comments(fragment)
+        else:
+            behind = parsed.body[parsed.pixel_start + parsed.pixel_length :]
+        kept.append(behind)
     return b"\0".join(kept), binaries
 
 
@@ -235,7 +247,7 @@ def _pixel_parts(parsed: ParsedFile, budget: _Budget) -> list[bytes]:
     """Pixels and what follows; compressed ones joined, so that nothing hides across fragments."""
     rest = parsed.body[parsed.pixel_start :]
     if parsed.pixel_length != UNDEFINED_LENGTH:
-        return [rest]
+        return [rest[: parsed.pixel_length]]
     fragments = list(_fragments(rest))
     parts = [b"".join(fragments)]
     if parsed.syntax == DEFLATED_IMAGE_FRAME:

@@ -13,6 +13,7 @@ from fedward_client.dicom.refusal import Reason, UnusableImageError
 
 _JP2_SIGNATURE = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 _MAX_BOXES = 16
+_MAX_SEGMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,21 @@ def frame_size(codestream: bytes) -> FrameSize:
     except (struct.error, IndexError):
         raise UnusableImageError(Reason.CODESTREAM) from None
     raise UnusableImageError(Reason.CODESTREAM)
+
+
+def mixes_colours(codestream: bytes) -> bool:
+    """Whether a sound JPEG 2000 codestream has its colours transformed, so that decoders give RGB.
+
+    Source: ITU-T T.800 A.6.1 (COD, the byte behind the number of layers).
+    """
+    start = _codestream_in_boxes(codestream) if codestream[:12] == _JP2_SIGNATURE else 0
+    position = start + 2
+    for _ in range(_MAX_SEGMENTS):
+        marker, length = struct.unpack_from(">HH", codestream, position)
+        if marker == 0xFF52:
+            return codestream[position + 8] == 1
+        position += 2 + length
+    return False
 
 
 def _codestream_in_boxes(container: bytes) -> int:

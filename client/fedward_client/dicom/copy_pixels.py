@@ -1,7 +1,9 @@
 """The pixels of a safe copy: taken over byte by byte, or blackened where the gate says so; then proven.
 
 Only two things ever change pixels: a mask, and bits above BitsStored that may hold an overlay. Both
-need the stored values, so such a copy is written uncompressed. Bytes behind the last pixel are cut off.
+need the stored values, so such a copy is written uncompressed. Bytes behind the last pixel are cut off, and
+comments inside compressed pictures blanked where they stand; compressed data that holds anything else beside
+the picture is decoded and written uncompressed.
 """
 
 from __future__ import annotations
@@ -14,16 +16,23 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian
 
+from fedward_client.dicom.codestream_texts import without_texts
 from fedward_client.dicom.gate import GateVerdict, mask
 from fedward_client.dicom.header import Header, header_of
 from fedward_client.dicom.parser import ParsedFile, parse_file
 from fedward_client.dicom.pixels import reach_pixels
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.stored_pixels import decode_stored
-from fedward_client.dicom.syntaxes import DEFLATED_IMAGE_FRAME, NATIVE_SYNTAXES, is_permitted
+from fedward_client.dicom.syntaxes import (
+    DEFLATED_IMAGE_FRAME,
+    ENCAPSULATED_UNCOMPRESSED,
+    NATIVE_SYNTAXES,
+    is_permitted,
+)
 
-PixelChange = Literal["none", "identical", "trimmed", "cleared", "masked"]
-"""No pixels; the same bytes; the same without bytes behind the last pixel; unused bits cleared; masked."""
+PixelChange = Literal["none", "identical", "trimmed", "blanked", "decoded", "cleared", "masked"]
+"""No pixels; the same bytes; the same without bytes behind the last pixel; compressed, with comments blanked;
+decoded; unused bits cleared; masked."""
 
 Decoder = Callable[[], NDArray[np.integer]]
 """Decodes the source as `decode_stored` does, where a decoder may do no harm."""
@@ -38,11 +47,13 @@ class PutPixels(NamedTuple):
         change: what was done.
         syntax: transfer syntax that the copy must be written in.
         originals: stored values of the source, where they had to be decoded.
+        value: of the compressed pixel data in the copy.
     """
 
     change: PixelChange
     syntax: str
     originals: NDArray[np.integer] | None = None
+    value: bytes = b""
 
 
 def put_pixels(
@@ -69,14 +80,18 @@ def put_pixels(
     header = header_of(parsed)
     native = parsed.syntax in NATIVE_SYNTAXES
     masks = verdict.decision == "mask"
-    if masks or verdict.clear_unused_bits or _has_unused_bits_set(parsed, header, data):
+    clears = verdict.clear_unused_bits or _has_unused_bits_set(parsed, header, data)
+    value = None if native else without_texts(parsed, header.num_frames)
+    if masks or clears or not (native or value):
         originals = decode_stored(data) if decode is None or native else decode()
         _replace_pixels(copy, parsed, header, _masked(originals, header, verdict) if masks else originals)
         plain = syntax if native else str(ExplicitVRLittleEndian)
-        return PutPixels("masked" if masks else "cleared", plain, originals)
-    if not native:
-        return PutPixels("identical", syntax)
-    num_bytes = _num_native_bytes(header)
+        return PutPixels("masked" if masks else "cleared" if clears else "decoded", plain, originals)
+    if value:
+        copy[keyword].value = value
+        as_it_was = parsed.body[parsed.pixel_start : parsed.pixel_start + len(value)]
+        return PutPixels("identical" if value == as_it_was else "blanked", syntax, value=value)
+    num_bytes = header.num_native_bytes
     if len(copy[keyword].value) < num_bytes:
         raise UnusableImageError(Reason.TRUNCATED)
     num_bytes += num_bytes % 2
@@ -104,6 +119,9 @@ def prove_pixels(written: bytes, source: Dataset, data: bytes, put: PutPixels, v
         equal = parsed.pixel_tag is None
     elif put.originals is not None:
         equal = _changed_as_told(decode_stored(written), put.originals, verdict)
+    elif put.value:
+        end = parsed.pixel_start + len(put.value)
+        equal = parsed.body[parsed.pixel_start : end] == put.value and _described_alike(parsed, data)
     else:
         equal = _holds_same_bytes(parsed, source, data, trimmed=put.change == "trimmed")
     if not equal:
@@ -113,9 +131,8 @@ def prove_pixels(written: bytes, source: Dataset, data: bytes, put: PutPixels, v
 def _holds_same_bytes(parsed: ParsedFile, source: Dataset, data: bytes, *, trimmed: bool) -> bool:
     keyword = next(name for name in PIXEL_KEYWORDS if name in source)
     original = source[keyword].value
-    start, end = parsed.pixel_start, parsed.pixel_start + len(original)
-    if parsed.syntax in NATIVE_SYNTAXES:
-        end = start + parsed.pixel_length
+    start = parsed.pixel_start
+    end = start + parsed.pixel_length
     same = parsed.body[start:end] == original[: end - start]
     complete = trimmed or end - start == len(original)
     return same and complete and _described_alike(parsed, data)
@@ -127,16 +144,9 @@ def _syntax_of_copy(parsed: ParsedFile) -> str:
     Raises:
         UnusableImageError: nothing here can write that syntax.
     """
-    if parsed.syntax == DEFLATED_IMAGE_FRAME:
+    if parsed.syntax in (DEFLATED_IMAGE_FRAME, ENCAPSULATED_UNCOMPRESSED):
         raise UnusableImageError(Reason.TRANSFER_SYNTAX)
     return str(ExplicitVRLittleEndian) if parsed.syntax == DeflatedExplicitVRLittleEndian else parsed.syntax
-
-
-def _num_native_bytes(header: Header) -> int:
-    num_bits = header.rows * header.columns * header.samples * header.num_frames * header.bits_allocated
-    if header.photometric == "YBR_FULL_422":
-        num_bits = num_bits // 3 * 2
-    return (num_bits + 7) // 8
 
 
 def _has_unused_bits_set(parsed: ParsedFile, header: Header, data: bytes) -> bool:
@@ -149,7 +159,7 @@ def _has_unused_bits_set(parsed: ParsedFile, header: Header, data: bytes) -> boo
     reached = reach_pixels(parsed, header, data)
     order = "<" if parsed.elements.encoding.little else ">"
     kind = "i" if header.signed else "u"
-    count = min(_num_native_bytes(header), len(reached.body) - reached.pixel_start)
+    count = min(header.num_native_bytes, len(reached.body) - reached.pixel_start)
     width = header.bits_allocated // 8
     stored = np.frombuffer(reached.body, f"{order}{kind}{width}", count // width, reached.pixel_start)
     return bool((np.right_shift(np.left_shift(stored, unused), unused) != stored).any())

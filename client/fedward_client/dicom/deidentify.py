@@ -32,6 +32,7 @@ from fedward_client.dicom.copy_pixels import Decoder, PixelChange, prove_pixels,
 from fedward_client.dicom.deidentify_rules import CHARACTERISTICS, Action, action_of
 from fedward_client.dicom.gate import GatePolicy, GateVerdict, gate_facts, judge
 from fedward_client.dicom.identifiers import collect
+from fedward_client.dicom.kept_numbers import empty_telling_numbers
 from fedward_client.dicom.needles import NeedleSet, needles_of
 from fedward_client.dicom.parser import ParsedFile, contained, parse_file
 from fedward_client.dicom.refusal import Reason, UnusableImageError
@@ -61,6 +62,10 @@ WITHOUT_PICTURE = REPORTS | {
 """Objects that go with images: their pixels, if any, are computed, so the gate's rules do not apply."""
 
 _REPEATING_VRS = frozenset(("LO", "SH", "CS", "LT", "UC", "IS", "DS"))
+_ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # little and big endian
+_MAX_ITEMS = 150_000
+"""Of one file: an enhanced image has six to twelve for each frame, and a compressed frame is one."""
+
 _PIXEL_GROUPS = (0x0028, 0x7FE0)
 _NEVER_EMPTIED = frozenset(
     (
@@ -140,6 +145,7 @@ def make_copy(data: bytes, key: bytes, options: ExportOptions, decode: Decoder |
     """
     with contained(Reason.MALFORMED):
         parsed = parse_file(data)
+        _check_items(data)
         facts = gate_facts(parsed.elements)
         verdict = _verdict(facts.sop_class, judge(facts, options.gate))
         dataset, preamble = _read(data, parsed)
@@ -150,6 +156,7 @@ def make_copy(data: bytes, key: bytes, options: ExportOptions, decode: Decoder |
         copy = clean(dataset, replacements, options.retained)
         if not copy.get("SOPInstanceUID"):
             raise UnusableImageError(Reason.NO_UID)
+        empty_telling_numbers(copy, source.identifiers, replacements.written)
         put = put_pixels(copy, parsed, data, verdict, decode)
         declare(copy, options.retained, masked=put.change == "masked", report=facts.sop_class in REPORTS)
         needles = needles_of(source, (*replacements.written, replacements.patient))
@@ -208,10 +215,21 @@ def _read(data: bytes, parsed: ParsedFile) -> tuple[Dataset, bytes]:
     whole = parse_file(data, max_inflated=MAX_INFLATED_BYTES)
     if len(whole.body) >= MAX_INFLATED_BYTES:
         raise UnusableImageError(Reason.DEFLATED)
+    _check_items(whole.body)
     meta = read_dataset(stream, False, True, stop_when=_is_behind_meta)
     dataset = read_dataset(io.BytesIO(whole.body), False, True)
     dataset.file_meta = FileMetaDataset(meta)
     return dataset, preamble
+
+
+def _check_items(data: bytes) -> None:
+    """A copy is made of pydicom's objects, at more than a kilobyte an item, and written item by item.
+
+    Raises:
+        UnusableImageError: more items than any image has.
+    """
+    if max(map(data.count, _ITEM_TAGS)) > _MAX_ITEMS:
+        raise UnusableImageError(Reason.OVER_LIMIT)
 
 
 def _is_behind_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:

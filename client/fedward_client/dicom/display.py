@@ -97,9 +97,12 @@ def display_rules(elements: Elements, header: Header) -> DisplayRules:
     """
     try:
         shape = raw_text(elements, "PresentationLUTShape")
+        stored = stored_ends(header)
+        modality = _look_up_table(elements, "ModalityLUTSequence", stored) or read_rescale(elements)
+        units = to_units(modality, np.array(stored))
         return DisplayRules(
-            modality=_look_up_table(elements, "ModalityLUTSequence", header) or read_rescale(elements),
-            voi_lut=_look_up_table(elements, "VOILUTSequence", header),
+            modality=modality,
+            voi_lut=_look_up_table(elements, "VOILUTSequence", (float(units.min()), float(units.max()))),
             windows=read_windows(elements),
             voi_function=raw_text(elements, "VOILUTFunction") or "LINEAR",
             inverted=header.photometric == "MONOCHROME1" or shape == "INVERSE",
@@ -108,15 +111,25 @@ def display_rules(elements: Elements, header: Header) -> DisplayRules:
         raise UnusableImageError(Reason.DISPLAY_VALUES) from None
 
 
+def stored_ends(header: Header) -> tuple[float, float]:
+    """Lowest and highest value that BitsStored can hold; no bounds for floating-point pixels."""
+    if header.pixel_kind != "integer":
+        return -math.inf, math.inf
+    lowest = -(2 ** (header.bits_stored - 1)) if header.signed else 0
+    return float(lowest), float(lowest + 2**header.bits_stored - 1)
+
+
 def read_rescale(elements: Elements) -> Rescale | None:
     """RescaleSlope and RescaleIntercept, None unless both are there.
 
     Raises:
-        UnusableImageError: several values, or a slope of zero.
+        UnusableImageError: several values, a slope of zero, or one of the two that would change the values.
         ValueError: no numbers.
     """
     slope, intercept = numbers(elements, "RescaleSlope"), numbers(elements, "RescaleIntercept")
     if not slope or not intercept:
+        if any(each != 1 for each in slope) or any(intercept):
+            raise UnusableImageError(Reason.DISPLAY_VALUES)
         return None
     if len(slope) > 1 or len(intercept) > 1 or slope[0] == 0:
         raise UnusableImageError(Reason.DISPLAY_VALUES)
@@ -227,10 +240,12 @@ def window_values(values: Values, center: float, width: float, function: str = "
     >>> window_values(np.array([0.0, 51.0, 255.0]), 128, 256)
     array([0. , 0.2, 1. ])
     """
-    allowed = width > 1 if function == "LINEAR" else width > 0
+    allowed = width >= 1 if function == "LINEAR" else width > 0
     if not (math.isfinite(center) and math.isfinite(width) and allowed):
         raise UnusableImageError(Reason.DISPLAY_VALUES)
-    if function == "LINEAR":  # the standard's half-pixel convention
+    if function == "LINEAR" and width == 1:
+        shown = (values > center - 0.5).astype(np.float64)
+    elif function == "LINEAR":  # the standard's half-pixel convention
         shown = (values - (center - 0.5)) / (width - 1) + 0.5
     elif function == "LINEAR_EXACT":
         shown = (values - center) / width + 0.5
@@ -241,13 +256,13 @@ def window_values(values: Values, center: float, width: float, function: str = "
     return _clip(shown)
 
 
-def _look_up_table(elements: Elements, keyword: str, header: Header) -> LookUpTable | None:
+def _look_up_table(elements: Elements, keyword: str, ends: tuple[float, float]) -> LookUpTable | None:
     items = sequence(elements, keyword)
-    return read_table(items[0], "LUTDescriptor", "LUTData", header) if items else None
+    return read_table(items[0], "LUTDescriptor", "LUTData", ends) if items else None
 
 
 def read_table(
-    item: Elements, descriptor: str, data: str, header: Header, *, whole: bool = True
+    item: Elements, descriptor: str, data: str, ends: tuple[float, float], *, whole: bool = True
 ) -> LookUpTable:
     """Read a look-up table by the keywords of its descriptor and data.
 
@@ -255,7 +270,7 @@ def read_table(
         item: where the table is.
         descriptor: keyword.
         data: keyword.
-        header: of the file.
+        ends: lowest and highest value that can be looked up.
         whole: the data are the entries, as many as announced; else all the data are returned as they are.
 
     Raises:
@@ -271,13 +286,16 @@ def read_table(
     # The count is unsigned whatever the VR says; 65,536 does not fit in it and is written as 0.
     num_entries = int(described[0]) % 2**16 or 2**16
     first_mapped, bits = int(described[1]), int(described[2])
-    if header.signed and written_vr(item, descriptor) != b"US" and first_mapped >= 2**15:
-        first_mapped -= 2**16  # the VR is signed as the pixels are, and implicit VR cannot say so
-    packed = whole and bits == 8 and num_entries <= len(entries) <= num_entries + 1
-    order = "<u2" if item.encoding.little else ">u2"
-    table = np.frombuffer(entries, dtype=np.uint8 if packed else order, count=num_entries if whole else -1)
+    if first_mapped >= 2**15:
+        # Signed where values may be negative, which implicit VR cannot say; and a table that begins
+        # beyond every value would be no table.
+        signed = ends[0] < 0 and written_vr(item, descriptor) != b"US"
+        first_mapped -= 2**16 * (signed or first_mapped > ends[1])
     if not 8 <= bits <= 16:
         raise UnusableImageError(Reason.DISPLAY_VALUES)
+    packed = bits == 8 and (not whole or num_entries <= len(entries) <= num_entries + 1)
+    order = "<u2" if item.encoding.little else ">u2"
+    table = np.frombuffer(entries, dtype=np.uint8 if packed else order, count=num_entries if whole else -1)
     return LookUpTable(first_mapped, bits, table.astype(np.uint16), num_entries)
 
 

@@ -29,9 +29,16 @@ _EXPLICIT = {True: struct.Struct("<HH2sH").unpack_from, False: struct.Struct(">H
 _IMPLICIT = {True: struct.Struct("<HHL").unpack_from, False: struct.Struct(">HHL").unpack_from}
 _LENGTH = {True: struct.Struct("<L").unpack_from, False: struct.Struct(">L").unpack_from}
 
+Place = tuple[bytes, int, int]
+"""VR as written (b"" when implicit), start of the value, its length; see `Elements.places`."""
+
 
 class OddDatasetError(ValueError):
     """The dataset departs from the standard's encoding; says nothing about where or how."""
+
+
+class TooManyElementsError(OddDatasetError):
+    """So many that no other reader gets to their end in the time that a file has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +164,45 @@ def _walk(  # noqa: C901 - one loop over every element of the archive: inlined o
                 raise OddDatasetError
         places[tag] = (vr, start, length)
         position = following
-    if position != end:  # a few bytes that are no element, or more elements than anything real has
+    else:  # more elements than anything real has
+        raise TooManyElementsError
+    if position != end:  # a few bytes that are no element
         raise OddDatasetError
     return position
+
+
+def element_at(data: bytes, position: int, encoding: Encoding) -> tuple[int, Place, int]:
+    """Read the one element that begins at `position`.
+
+    Returns:
+        tag, place, and where the next one begins.
+
+    Raises:
+        OddDatasetError: not encoded as the standard says, or cut off.
+    """
+    vr = b""
+    try:
+        if encoding.explicit:
+            group, number, vr, length = _EXPLICIT[encoding.little](data, position)
+            start = position + 8
+            if vr in _LONG_VRS:
+                (length,) = _LENGTH[encoding.little](data, start)
+                start += 4
+            elif vr not in _SHORT_VRS:
+                raise OddDatasetError
+        else:
+            group, number, length = _IMPLICIT[encoding.little](data, position)
+            start = position + 8
+    except struct.error:
+        raise OddDatasetError from None
+    if length == UNDEFINED_LENGTH:
+        budget = [_MAX_ALL_ELEMENTS]
+        following = _behind_sequence(data, start, len(data), vr, encoding, 0, budget)
+    else:
+        following = start + length
+    if following > len(data):
+        raise OddDatasetError
+    return group << 16 | number, (vr, start, length), following
 
 
 def _behind_sequence(
@@ -194,7 +237,7 @@ def _read_items(
             return position
         num_elements += 1
         if tag != _ITEM or num_elements > _MAX_ELEMENTS:
-            raise OddDatasetError
+            raise TooManyElementsError if tag == _ITEM else OddDatasetError
         places: dict[int, tuple[bytes, int, int]] = {}
         item_end = end if length == UNDEFINED_LENGTH else position + length
         if item_end > end:
@@ -205,7 +248,7 @@ def _read_items(
             num_elements += len(places)
             budget[0] -= 1 + len(places)
             if budget[0] < 0:
-                raise OddDatasetError
+                raise TooManyElementsError
             if found is not None:
                 found.append(Elements(data, encoding, places, position))
         position = item_end if length != UNDEFINED_LENGTH else position

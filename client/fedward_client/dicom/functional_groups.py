@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.uid import ParametricMapStorage
 
 from fedward_client.dicom.display import Rescale, read_rescale, read_windows
 from fedward_client.dicom.elements import Elements
@@ -101,6 +102,12 @@ class _Groups:
             return [shared] * self.num_frames
         return [next(iter(sequence(frame, keyword)), shared) for frame in self._frames]
 
+    def refuse_several(self, keyword: str) -> None:
+        """Refuse groups of several items, of which none is said to be the one."""
+        groups = self._frames if self._shared is None else (*self._frames, self._shared)
+        if any(len(sequence(group, keyword)) > 1 for group in groups):
+            raise UnusableImageError(Reason.FRAME_FACTS)
+
 
 def read_frame_facts(data: bytes) -> FrameFacts:
     """Read the facts of each frame of a file held in memory, without its pixels.
@@ -115,21 +122,26 @@ def read_frame_facts(data: bytes) -> FrameFacts:
 
 def frame_facts(elements: Elements, header: Header) -> FrameFacts:
     """Take the facts of each frame out of a parsed header; call it inside `contained`."""
+    reason = Reason.FRAME_FACTS
     try:
         groups = _Groups(elements, header.num_frames)
         if groups.are_there:
-            return _from_groups(groups, elements)
+            return _from_groups(groups, elements, header)
+        reason = Reason.DISPLAY_VALUES  # rescale or window; a place that is malformed is None
         return _from_top(elements, header)
     except (ValueError, struct.error):
-        raise UnusableImageError(Reason.FRAME_FACTS) from None
+        raise UnusableImageError(reason) from None
 
 
-def _from_groups(groups: _Groups, elements: Elements) -> FrameFacts:
+def _from_groups(groups: _Groups, elements: Elements, header: Header) -> FrameFacts:
     measures = groups.of_each("PixelMeasuresSequence")
     content = groups.of_each("FrameContentSequence")
     voi = groups.of_each("FrameVOILUTSequence")
     rescaled = groups.of_each("PixelValueTransformationSequence")
     rescales = tuple(None if item is None else read_rescale(item) for item in rescaled)
+    if header.sop_class == ParametricMapStorage:
+        groups.refuse_several("RealWorldValueMappingSequence")
+        rescales = tuple(_real_world(item) for item in groups.of_each("RealWorldValueMappingSequence"))
     if None in rescales and any(rescales):  # units of some frames only
         raise UnusableImageError(Reason.FRAME_FACTS)
     return FrameFacts(
@@ -153,6 +165,20 @@ def _from_groups(groups: _Groups, elements: Elements) -> FrameFacts:
         b_values=_b_values(groups.of_each("MRDiffusionSequence")),
         frame_types=_frame_types(groups),
     )
+
+
+def _real_world(item: Elements | None) -> Rescale | None:
+    """The mapping of a parametric map, whose units nothing else gives.
+
+    Raises:
+        UnusableImageError: a table, or a slope that is none.
+    """
+    if item is None:
+        return None
+    slope, intercept = (number_or_none(item, f"RealWorldValue{each}") for each in ("Slope", "Intercept"))
+    if not slope or intercept is None:
+        raise UnusableImageError(Reason.FRAME_FACTS)
+    return Rescale(slope, intercept)
 
 
 def _from_top(elements: Elements, header: Header) -> FrameFacts:

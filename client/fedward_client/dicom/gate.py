@@ -28,7 +28,12 @@ from pydicom.uid import UID_dictionary  # type: ignore[attr-defined]
 
 from fedward_client.dicom.gate_facts import Box, GateFacts, gate_facts, read_gate_facts
 from fedward_client.dicom.refusal import Reason, UnusableImageError
-from fedward_client.dicom.sop_classes import ANY_MODALITY, IMAGE_SOP_CLASSES
+from fedward_client.dicom.sop_classes import (
+    ANY_MODALITY,
+    IMAGE_SOP_CLASSES,
+    RADIOGRAPHS,
+    RETIRED_ULTRASOUND,
+)
 
 __all__ = [
     "Acceptance",
@@ -47,6 +52,7 @@ ULTRASOUND = frozenset(
         uid.UltrasoundImageStorage,
         uid.UltrasoundMultiFrameImageStorage,
         uid.EnhancedUSVolumeStorage,
+        *RETIRED_ULTRASOUND,
     }
 )
 TEXT_CLASSES = ANY_MODALITY | {
@@ -72,6 +78,26 @@ MUST_SAY_NO = frozenset(
     }
 )
 """Kinds whose devices often write on the picture: BurnedInAnnotation has to be NO."""
+
+_WITH_PLACE = frozenset({uid.CTImageStorage, uid.MRImageStorage, uid.PositronEmissionTomographyImageStorage})
+_GREY_ONLY = (
+    _WITH_PLACE
+    | frozenset(RADIOGRAPHS)
+    | {
+        uid.EnhancedCTImageStorage,
+        uid.EnhancedMRImageStorage,
+        uid.EnhancedPETImageStorage,
+        uid.LegacyConvertedEnhancedCTImageStorage,
+        uid.LegacyConvertedEnhancedMRImageStorage,
+        uid.LegacyConvertedEnhancedPETImageStorage,
+        uid.DigitalMammographyXRayImageStorageForPresentation,
+        uid.DigitalMammographyXRayImageStorageForProcessing,
+        uid.BreastTomosynthesisImageStorage,
+    }
+)
+"""Kinds that the standard wants in grey, and those it wants placed in the patient (PS3.3 C.7.6.2 and the
+modules of each image): one that is not is most often a screen or a report under a scanner's name.
+"""
 
 _DOCUMENT_WORDS = (
     *("SR Storage", "Report", "Encapsulated", "Document", "Waveform", "Presentation State", "Protocol"),
@@ -284,8 +310,11 @@ def _is_document(facts: GateFacts) -> bool:
 
 def _must_say_no(case: _Case) -> bool:
     facts, policy = case.facts, case.policy
+    posing = (facts.colour and facts.sop_class in _GREY_ONLY) or (
+        facts.placeless and facts.sop_class in _WITH_PLACE
+    )
     other_modality = facts.modality not in IMAGE_SOP_CLASSES.get(facts.sop_class, {facts.modality})
-    return facts.sop_class in MUST_SAY_NO or facts.modality in policy.burned_in_no or other_modality
+    return facts.sop_class in MUST_SAY_NO or facts.modality in policy.burned_in_no or other_modality or posing
 
 
 def _no_regions(case: _Case) -> bool:

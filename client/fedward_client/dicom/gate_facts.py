@@ -26,6 +26,7 @@ _SOP_CLASS, _MODALITY, _IMAGE_TYPE = 0x00080016, 0x00080060, 0x00080008
 _CONVERSION_TYPE, _SERIES_DESCRIPTION, _PROTOCOL = 0x00080064, 0x0008103E, 0x00181030
 _BODY_PART, _BURNED_IN, _RECOGNIZABLE = 0x00180015, 0x00280301, 0x00280302
 _IDENTITY_REMOVED, _ROWS, _COLUMNS, _BITS_ALLOCATED = 0x00120062, 0x00280010, 0x00280011, 0x00280100
+_SAMPLES, _PHOTOMETRIC, _PLACE = 0x00280002, 0x00280004, (0x00200032, 0x00200037)
 _REGIONS = 0x00186011
 # Written by frame grabbers and film scanners (PS3.3 C.8.6.1), whatever SOP class they chose.
 _CAPTURE_DEVICE = (0x00181010, 0x00181012, 0x00181014, 0x00181016, 0x00181018, 0x00181019)
@@ -37,6 +38,7 @@ _MAX_REGIONS = 64
 _CAPTURE_WORDS = re.compile(
     r"SCREEN(?!ING)|SAVE\b|CAPTURE|SCANNED|DIGITI[SZ]ED|DOSE.?(INFO|REPORT|SUMMARY|RECORD|PAGE)"
     r"|(CSA|PATIENT|EXAM).?(REPORT|PROTOCOL)|REPORT|RESULT.?(TABLE|PAGE)|KEY.?(IMAGE|OBJECT)"
+    r"|BILDSCHIRM|BERICHT|(PATIENTEN|DOSIS).?PROTOKOLL|[EÉ]CRAN\b|RAPPORT|PANTALLA|INFORME|SCHERMATA|REFERTO"
 )
 _HEAD = re.compile(r"HEAD|BRAIN|SKULL|FACE|FACIAL|ORBIT|SINUS|JAW|IAC|MANDIBLE|MAXILLA|NASAL|NOSE|EAR\b|EYE")
 
@@ -70,9 +72,11 @@ class GateFacts:
         head: BodyPartExamined names a part of the head.
         identity_removed: PatientIdentityRemoved.
         malformed: DICOM keywords of deciding elements that could not be read.
+        colour: stored in colour or with a palette.
+        placeless: neither ImagePositionPatient nor ImageOrientationPatient is there.
     """
 
-    sop_class: str
+    sop_class: str = field(repr=False)
     modality: str = field(repr=False)
     burned_in: Answer
     recognizable: Answer
@@ -90,6 +94,8 @@ class GateFacts:
     head: bool
     identity_removed: Answer
     malformed: frozenset[str] = frozenset()
+    colour: bool = False
+    placeless: bool = False
 
 
 def read_gate_facts(data: bytes) -> GateFacts:
@@ -153,6 +159,8 @@ def gate_facts(dataset: Dataset | Elements) -> GateFacts:
         regions_unusable=regions is None,
         head=_HEAD.search(values.text_or_blank(_BODY_PART).upper()) is not None,
         identity_removed=fact("PatientIdentityRemoved", lambda: _answer(values, _IDENTITY_REMOVED), "no"),
+        colour=fact("PhotometricInterpretation", lambda: _is_colour(values), True),
+        placeless=tags.isdisjoint(_PLACE),
         malformed=frozenset(malformed),
     )
 
@@ -248,6 +256,11 @@ def _size(values: _Values, tag: int) -> int:
     if len(found) > 1 or found[0] != int(found[0]) or found[0] < 0:
         raise OddDatasetError
     return int(found[0])
+
+
+def _is_colour(values: _Values) -> bool:
+    grey = values.text(_PHOTOMETRIC).upper() in ("", "MONOCHROME1", "MONOCHROME2")
+    return not grey or values.numbers(_SAMPLES, b"US") not in ((), (1.0,))
 
 
 def _lies_in_pixels(values: _Values, tags: Set[int], group: int) -> bool:

@@ -18,6 +18,7 @@ from fedward_client.dicom.diffusion import private_b_value
 from fedward_client.dicom.elements import Elements
 from fedward_client.dicom.header_facts import Header
 from fedward_client.dicom.parser import ParsedFile, contained, parse_file
+from fedward_client.dicom.private_grid import is_grid
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.sop_classes import ANY_MODALITY, IMAGE_SOP_CLASSES, RADIOGRAPHS
 from fedward_client.dicom.syntaxes import (
@@ -59,6 +60,8 @@ MAX_ROWS = 16384
 MIN_ROWS = 8
 MAX_FRAMES = 65536
 MAX_PIXEL_BYTES = 128 * 2**20
+_LEAST_FRAGMENT_BYTES = 10
+"""A compressed frame is one fragment at least: a header and two bytes (PS3.5 A.4)."""
 
 HEADER_KEYWORDS = (
     "SOPClassUID",
@@ -118,7 +121,7 @@ def header_of(parsed: ParsedFile) -> Header:
         study_year=_year(study_date),
         sex=_sex(text_or_none(of, "PatientSex")),
         age_years=_age_years(text_or_none(of, "PatientAge")),
-        num_frames=integer(of, "NumberOfFrames", 1),
+        num_frames=integer(of, "NumberOfFrames", 1) or 1,  # some devices write 0 for the only one
         samples=integer(of, "SamplesPerPixel", 1),
         photometric=raw_text(of, "PhotometricInterpretation"),
         rows=integer(of, "Rows", 0),
@@ -156,12 +159,16 @@ def header_of(parsed: ParsedFile) -> Header:
         has_overlay=last >= 0x60000000 and any(tag >> 24 == 0x60 for tag in of.places),
         num_private=sum([tag >> 16 & 1 for tag in of.places]),
         regions=is_present(of, "SequenceOfUltrasoundRegions"),
-        **_place(of),
+        **_surroundings(of),
     )
 
 
-def _place(of: Elements) -> dict[str, Any]:
+def _surroundings(of: Elements) -> dict[str, Any]:
+    """Where an image lies, and among what."""
     return {
+        "is_directory": is_present(of, "DirectoryRecordSequence"),
+        "images_in_acquisition": integer_or_none(of, "ImagesInAcquisition"),
+        "is_grid": is_grid(of),
         "frame_of_reference": text_or_none(of, "FrameOfReferenceUID"),
         "position": numbers_or_none(of, "ImagePositionPatient", 3),
         "orientation": numbers_or_none(of, "ImageOrientationPatient", 6),
@@ -195,16 +202,16 @@ def pixel_refusal_of(header: Header, max_pixel_bytes: int = MAX_PIXEL_BYTES) -> 
 
 
 def _pixels_missing(header: Header) -> bool:
-    return header.pixel_bytes_left is not None and header.pixel_bytes_left <= 8
+    return header.pixel_bytes_left is not None and header.pixel_bytes_left <= 0
 
 
 def _pixels_truncated(header: Header) -> bool:
-    native = header.transfer_syntax in NATIVE_SYNTAXES
     left = header.pixel_bytes_left
-    num_expected = header.num_pixel_bytes
-    if header.photometric == "YBR_FULL_422":  # half the colour of every second pixel is not stored
-        num_expected = num_expected // 3 * 2
-    return native and left is not None and left < 8 + num_expected
+    if left is None:
+        return False
+    if header.transfer_syntax in NATIVE_SYNTAXES:
+        return left < header.num_native_bytes
+    return left < _LEAST_FRAGMENT_BYTES * header.num_frames
 
 
 def _out_of_bounds(header: Header) -> bool:
@@ -236,7 +243,7 @@ def _undecodable_pixels(header: Header) -> bool:
         or not 1 <= header.bits_stored <= header.bits_allocated
         or header.high_bit != header.bits_stored - 1
         or header.signed not in (0, 1)
-        or (header.samples != 1 and (header.bits_allocated not in (8, 16) or header.signed != 0))
+        or (header.samples != 1 and (header.bits_allocated == 1 or header.signed != 0))
         or (header.samples != 1 and header.bits_stored < 8)
     )
 
@@ -288,6 +295,7 @@ _PIXEL_CHECKS: _Checks = (
 
 # Order matters: what the object is, then whether it is damaged, then whether it can be decoded.
 _RADIOGRAPH_CHECKS: _Checks = (
+    (Reason.DIRECTORY, lambda header: header.is_directory),
     (Reason.NO_UID, _no_valid_uid),
     (Reason.SOP_CLASS, lambda header: header.sop_class not in RADIOGRAPHS),
     (Reason.MISLABELLED, lambda header: header.modality != RADIOGRAPHS[header.sop_class]),
@@ -301,6 +309,7 @@ _RADIOGRAPH_CHECKS: _Checks = (
     *_ARE_THERE,
 )
 _IMAGE_CHECKS: _Checks = (
+    (Reason.DIRECTORY, lambda header: header.is_directory),
     (Reason.NO_UID, _no_valid_uid),
     (Reason.SOP_CLASS, _unknown_kind),
     (Reason.MISLABELLED, _mislabelled),

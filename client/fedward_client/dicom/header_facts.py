@@ -17,7 +17,7 @@ class Header:
         study_year: year of StudyDate, or None.
         sex: "M", "F", "O", or None.
         age_years: completed years from PatientAge, or None.
-        pixel_bytes_left: bytes of the file from the pixel data on; None when unknown (deflated).
+        pixel_bytes_left: bytes of the pixel data's value that are there; None when unknown (deflated).
         trigger: TriggerTime, ms.
         position: ImagePositionPatient.
         orientation: ImageOrientationPatient, row direction then column direction.
@@ -27,10 +27,12 @@ class Header:
         has_overlay: a group 60xx is present.
         num_private: private elements outside sequences.
         regions: ultrasound regions are present.
+        is_grid: the image is many slices side by side, and not a mosaic that says so.
+        is_directory: it is a DICOMDIR.
     """
 
-    sop_class: str
-    transfer_syntax: str
+    sop_class: str = field(repr=False)
+    transfer_syntax: str = field(repr=False)
     sop_instance: str = field(repr=False)
     series: str = field(repr=False)
     study: str = field(repr=False)
@@ -67,6 +69,7 @@ class Header:
     series_number: int | None = None
     instance_number: int | None = None
     acquisition_number: int | None = None
+    images_in_acquisition: int | None = None
     temporal_position: int | None = None
     echo_numbers: int | None = None
     echo_time: float | None = None
@@ -85,6 +88,8 @@ class Header:
     has_overlay: bool = False
     num_private: int = 0
     regions: bool = False
+    is_directory: bool = False
+    is_grid: bool = False
 
     @property
     def is_localizer(self) -> bool:
@@ -96,3 +101,10 @@ class Header:
         """Bytes of the uncompressed pixels; single bits are packed across frames."""
         num_bits = self.rows * self.columns * self.samples * self.num_frames * self.bits_allocated
         return (num_bits + 7) // 8
+
+    @property
+    def num_native_bytes(self) -> int:
+        """Bytes of the pixels as an uncompressed file stores them."""
+        if self.photometric == "YBR_FULL_422":  # half the colour of every second pixel is not stored
+            return self.num_pixel_bytes // 3 * 2
+        return self.num_pixel_bytes

@@ -7,7 +7,8 @@
    of its stored bits).
 3. Inversion (MONOCHROME1 or PresentationLUTShape INVERSE) comes last and once: 0 is black.
 
-Values that are no number are black before inversion. Readers that invert before the modality LUT turn
+Values that are no number are black before inversion. Padding (PixelPaddingValue) is the value that it
+stores, in a window and among the percentiles. Readers that invert before the modality LUT turn
 HU of -1000 into +1000; readers that clip to the file's window give every slice another scale. For
 radiographs "file" equals `decode.decode_image`.
 """

@@ -57,6 +57,8 @@ def find_mosaic(elements: Elements, header: Header, facts: FrameFacts) -> Mosaic
     Raises:
         UnusableImageError: a mosaic whose slices cannot be placed with certainty.
     """
+    if header.is_grid:  # of a maker whose way of placing the slices is not known for certain
+        raise UnusableImageError(Reason.MOSAIC)
     if "MOSAIC" not in header.image_type:
         return None
     try:

@@ -17,12 +17,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
+from itertools import accumulate
 
 from fedward_client.dicom.identifiers import Identifier, SourceText
+
+NOTATIONS = ("text", "file's own character set", "utf-16", "base64", "hex", "reversed", "bytes")
+"""How a spelling may be told in a report."""
 
 SHORTEST_NAME_PART = 3
 SHORTEST_TEXT = 4
 SHORTEST_NUMBER = 5
+LONG_NUMBER = 7
 SHORTEST_UID = 8
 IN_PIXELS = 8
 """Bytes that a spelling must have to be looked for among pixels."""
@@ -53,6 +58,13 @@ _OTHER_ENCODINGS = (
 _ESCAPE = re.compile(rb"\x1b[\x20-\x2f]+[\x30-\x7e]")
 _LONG_NUMBER = re.compile(r"[0-9]{6,}")
 _DATE = re.compile(r"(\d{4})[.\-/]?(\d\d)[.\-/]?(\d\d)(.*)", re.ASCII | re.DOTALL)
+_EAST_ASIAN = re.compile(r"[\u2e80-\ufaff\U00020000-\U0003ffff]{2,}")
+_APOSTROPHES = re.compile("['\u2019\u2018`\u00b4]")
+_GROUPING = re.compile(r"[ .\-/]")
+_GROUPS = ((3, 2, 4), (3, 3, 3), (3, 3, 4), (6, 4), (6, 5), (3, 3, 3, 2), (8, 4), (4, 4, 4), (4, 4))
+_TWO_LETTERS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue"})
+_TWO_LETTERS |= str.maketrans({"ß": "ss", "æ": "ae", "ø": "oe", "å": "aa", "Æ": "Ae", "Ø": "Oe", "Å": "Aa"})
+_ONE_LETTER = str.maketrans({"ł": "l", "Ł": "L", "đ": "d", "Đ": "D", "ø": "o", "Ø": "O", "ı": "i", "ß": "ss"})
 _SEPARATORS = re.compile(r"[\^=\s,;._\-/\\|()]+")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -156,8 +168,9 @@ def _names(identifier: Identifier) -> Iterator[Needle]:
             for joined in (group, " ".join(parts), " ".join(parts[::-1]), ", ".join(parts), "_".join(parts)):
                 yield from _encoded(joined, identifier.encodings, _IN_WORDS)
             for joined in ("".join(parts), "".join(parts[::-1])):
-                if len(joined) >= _SHORTEST_ENCODED:
+                if len(joined) >= _SHORTEST_ENCODED or _EAST_ASIAN.fullmatch(joined):
                     yield from _encoded(joined, identifier.encodings, b"")
+        telling += [_APOSTROPHES.sub("", part) for part in telling if _APOSTROPHES.search(part)]
         for part in telling:
             if len(part) >= SHORTEST_NAME_PART or (len(part) >= 2 and not part.isascii()):
                 yield from _encoded(part, identifier.encodings, _IN_WORDS)
@@ -170,11 +183,13 @@ def _texts(identifier: Identifier) -> Iterator[Needle]:
     words = [word for word in _SEPARATORS.split(text) if word]
     if all(word.lower() in PUBLIC_WORDS for word in words):
         return
-    if text.isascii() and text.replace(".", "").replace("-", "").isdigit():
+    if text.isascii() and _GROUPING.sub("", text).isdigit():
         stripped = text.lstrip("0")
-        for digits in {text, stripped} if len(stripped) >= SHORTEST_NUMBER else {text}:
+        spelled = {text, stripped} if len(stripped) >= SHORTEST_NUMBER else {text}
+        for digits in spelled | set(_grouped(_GROUPING.sub("", text))):
             if len(digits) >= SHORTEST_NUMBER and len(set(digits)) > 2:
-                yield from _encoded(digits, (), _IN_CODES)
+                # A long one is the patient's even in MRN8837261.
+                yield from _encoded(digits, (), _IN_NUMBERS if len(digits) >= LONG_NUMBER else _IN_CODES)
         return
     if len(text) >= SHORTEST_TEXT or not text.isascii():
         for start in {0, len(text) // 2} if len(text) > _LONGEST else {0}:
@@ -187,13 +202,23 @@ def _texts(identifier: Identifier) -> Iterator[Needle]:
     yield from _raw(identifier)
 
 
+def _grouped(digits: str) -> Iterator[str]:
+    """A number without signs in between, and as the numbers of insurances and registers are written."""
+    yield digits
+    for sizes in _GROUPS:
+        if sum(sizes) == len(digits):
+            ends = list(accumulate(sizes))
+            parts = [digits[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+            yield from (separator.join(parts) for separator in " -.")
+
+
 def _numbers_within(text: str) -> Iterator[Needle]:
     """Long numbers with letters around them, as in MRN8837261."""
     for number in _LONG_NUMBER.findall(text)[:_MOST_WORDS]:
         for digits in {number, number.lstrip("0")}:
             if len(digits) < SHORTEST_NUMBER or len(set(digits)) < 3:
                 continue
-            yield from _encoded(digits, (), _IN_CODES)
+            yield from _encoded(digits, (), _IN_NUMBERS if len(digits) >= LONG_NUMBER else _IN_CODES)
 
 
 def _dates(text: str) -> Iterator[Needle]:
@@ -253,7 +278,9 @@ def _encoded(text: str, encodings: tuple[str, ...], bounded: bytes) -> Iterator[
 def _letter_forms(text: str) -> list[str]:
     """As written, in capitals, small, and without accents (Jérôme, JEROME)."""
     bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    forms = dict.fromkeys([text, text.upper(), text.lower(), bare, bare.upper(), bare.lower()])
+    plain = [text.translate(_TWO_LETTERS), bare.translate(_ONE_LETTER)]  # Müller is also Mueller
+    written = [form for each in (text, bare, *plain) for form in (each, each.upper(), each.lower())]
+    forms = dict.fromkeys(written)
     return [form for form in forms if form]
 
 

@@ -11,14 +11,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward_client.dicom.display import LookUpTable, read_table
+from fedward_client.dicom.display import LookUpTable, read_table, stored_ends
 from fedward_client.dicom.elements import Elements
 from fedward_client.dicom.header import Header
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.values import is_present
 
 _COLOURS = ("Red", "Green", "Blue")
-_DISCRETE, _LINEAR = 0, 1
+_DISCRETE, _LINEAR, _INDIRECT = 0, 1, 2
 
 
 def read_palette(elements: Elements, header: Header) -> tuple[LookUpTable, LookUpTable, LookUpTable]:
@@ -34,26 +34,35 @@ def read_palette(elements: Elements, header: Header) -> tuple[LookUpTable, LookU
 def _read_colour(elements: Elements, colour: str, header: Header) -> LookUpTable:
     descriptor = f"{colour}PaletteColorLookupTableDescriptor"
     segmented = f"Segmented{colour}PaletteColorLookupTableData"
+    ends = stored_ends(header)
     if not is_present(elements, segmented):
-        return read_table(elements, descriptor, f"{colour}PaletteColorLookupTableData", header)
-    program = read_table(elements, descriptor, segmented, header, whole=False)
-    entries = expand_segments(program.entries.tolist(), program.num_entries)
+        return read_table(elements, descriptor, f"{colour}PaletteColorLookupTableData", ends)
+    program = read_table(elements, descriptor, segmented, ends, whole=False)
+    entries = expand_segments(program.entries.tolist(), program.num_entries, words=program.bits > 8)
     return replace(program, entries=np.array(entries, dtype=np.uint16))
 
 
-def expand_segments(program: list[int], num_entries: int) -> list[int]:
-    """Carry out a segmented table's runs (discrete) and ramps (linear).
+def expand_segments(program: list[int], num_entries: int, *, words: bool = True) -> list[int]:
+    """Carry out a segmented table's runs (discrete), ramps (linear) and repetitions (indirect).
+
+    Args:
+        program: numbers of the segments.
+        num_entries: announced; a program that would yield more is refused there.
+        words: the numbers are words, and so an offset is two of them; else bytes, and it is four.
 
     Raises:
         UnusableImageError: another number of entries than announced, or a segment of another kind.
 
-    Source: DICOM PS3.3 C.7.9.2.
+    Source: DICOM PS3.3 C.7.9.2; an offset counts bytes from the program's beginning.
 
     >>> expand_segments([0, 2, 10, 20, 1, 4, 60], 6)
     [10, 20, 30, 40, 50, 60]
+    >>> expand_segments([0, 1, 5, 1, 2, 9, 2, 1, 6, 0], 5)
+    [5, 7, 9, 9, 9]
     """
     entries: list[int] = []
-    position = 0
+    position = repeated = 0
+    back = -1
     while position + 2 < len(program) and len(entries) < num_entries:
         kind, length = program[position], program[position + 1]
         if kind == _DISCRETE:
@@ -63,11 +72,27 @@ def expand_segments(program: list[int], num_entries: int) -> list[int]:
             start, end = entries[-1], program[position + 2]
             entries += [round(start + (end - start) * step / length) for step in range(1, length + 1)]
             position += 3
+        elif kind == _INDIRECT and not repeated and length:  # of segments that are none themselves
+            back, repeated = position + (4 if words else 6), length + 1
+            position = _offset(program, position + 2, words=words)
         else:
             raise UnusableImageError(Reason.PHOTOMETRIC)
+        repeated -= 1 if repeated else 0
+        if back >= 0 and not repeated:
+            position, back = back, -1
     if len(entries) != num_entries:
         raise UnusableImageError(Reason.PHOTOMETRIC)
     return entries
+
+
+def _offset(program: list[int], position: int, *, words: bool) -> int:
+    """Number of the program at which an indirect segment's repetition begins; least part first."""
+    parts = program[position : position + (2 if words else 4)]
+    width = 2 if words else 1
+    offset = sum(part << (8 * width * place) for place, part in enumerate(parts))
+    if offset % width or offset // width >= position - 2:  # only what has been carried out already
+        raise UnusableImageError(Reason.PHOTOMETRIC)
+    return offset // width
 
 
 def byte_tables(
@@ -84,8 +109,8 @@ def byte_tables(
     if len({(len(table.entries), table.first_mapped, table.bits) for table in palette}) > 1:
         raise UnusableImageError(Reason.PHOTOMETRIC)
     entries: NDArray[np.integer] = np.stack([table.entries for table in palette], axis=1)
-    if entries.max() > 255:
-        entries = entries >> (palette[0].bits - 8)
+    if entries.max() > 255:  # beyond 8 bits whatever the descriptor says
+        entries = entries >> (8 if palette[0].bits == 8 else palette[0].bits - 8)
     return entries.astype(np.uint8), palette[0].first_mapped
 
 

@@ -29,13 +29,18 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from fedward_client.dicom.behind_pixels import elements_behind
 from fedward_client.dicom.elements import (
     PIXEL_TAGS,
+    UNDEFINED_LENGTH,
     Elements,
     Encoding,
     OddDatasetError,
+    Place,
+    TooManyElementsError,
     find_elements,
 )
+from fedward_client.dicom.nested_repeats import refuse_nested_repeats
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 
 MAX_INFLATED_HEADER_BYTES = 8 * 2**20
@@ -67,7 +72,9 @@ def contained(reason: Reason) -> Iterator[None]:
             raise
         except MemoryError:
             raise UnusableImageError(Reason.OVER_LIMIT) from None
-        except Exception:  # hostile input: parsers raise anything, RecursionError included
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException:  # hostile input: parsers raise anything, and Rust's panics are no Exception
             raise UnusableImageError(reason) from None
         finally:
             config.settings.reading_validation_mode = mode
@@ -79,16 +86,18 @@ class ParsedFile:
 
     Args:
         syntax: TransferSyntaxUID, "" when the file does not say.
-        elements: all in front of the pixel data.
+        elements: all but the pixel data; see `seen_to_end`.
         body: what `pixel_start` refers to: the file, or as much of it as was inflated.
         pixel_tag: one of `PIXEL_TAGS`; None when there is no pixel data.
         pixel_vr: as written, b"" when implicit.
         pixel_start: first byte of its value.
         pixel_length: of its value as declared, `UNDEFINED_LENGTH` when it is in fragments.
         header_end: where in `body` the pixel data's element begins, or the header ends.
+        seen_to_end: what stands behind the pixel data was looked at (see `behind_pixels.py`); not so when
+            that much of a deflated file was not inflated.
     """
 
-    syntax: str
+    syntax: str = field(repr=False)
     elements: Elements = field(repr=False)
     body: bytes = field(repr=False)
     pixel_tag: int | None
@@ -96,12 +105,17 @@ class ParsedFile:
     pixel_start: int
     pixel_length: int
     header_end: int
+    seen_to_end: bool = True
 
     @property
     def pixel_bytes_left(self) -> int | None:
-        """Bytes from the pixel data's element on; None when unknown (deflated)."""
-        deflated = self.syntax == DeflatedExplicitVRLittleEndian
-        return None if deflated else len(self.body) - self.header_end
+        """Bytes of the pixel data's value that are there; None when unknown (deflated)."""
+        if self.syntax == DeflatedExplicitVRLittleEndian:
+            return None
+        end = len(self.body)
+        if self.pixel_length != UNDEFINED_LENGTH:  # what stands behind it is no pixel
+            end = min(end, self.pixel_start + self.pixel_length)
+        return end - self.pixel_start
 
 
 def parse_file(
@@ -115,7 +129,8 @@ def parse_file(
         tolerant: let pydicom read what departs from the standard; it holds every nested item in memory.
 
     Raises:
-        UnusableImageError: empty, not DICOM, or a deflated file whose header alone passes the limit.
+        UnusableImageError: empty, not DICOM, more elements than can be walked, a deflated file whose header
+            alone passes the limit, or something stands behind the pixels that must not be there.
     """
     if not data:
         raise UnusableImageError(Reason.EMPTY)
@@ -130,6 +145,8 @@ def parse_file(
         if _looks_explicit(data, start) != encoding.explicit:
             raise OddDatasetError
         return _parsed(syntax, find_elements(data, start, encoding))
+    except TooManyElementsError:
+        raise UnusableImageError(Reason.OVER_LIMIT) from None
     except OddDatasetError:
         if not tolerant:
             raise UnusableImageError(Reason.MALFORMED) from None
@@ -178,22 +195,31 @@ def _looks_explicit(data: bytes, start: int) -> bool:
     return vr.isalpha() and vr.isupper()
 
 
-def _parsed(syntax: str, elements: Elements) -> ParsedFile:
+def _parsed(syntax: str, elements: Elements, *, complete: bool = True) -> ParsedFile:
     for tag in PIXEL_TAGS:
         place = elements.places.pop(tag, None)
         if place is not None:
-            return ParsedFile(syntax, elements, elements.data, tag, *place, elements.end)
-    return ParsedFile(syntax, elements, elements.data, None, b"", elements.end, 0, elements.end)
+            if complete:
+                _, start, length = place
+                behind = elements_behind(elements.data, tag, start, length, elements.encoding)
+                elements.places.update(behind)
+            return ParsedFile(syntax, elements, elements.data, tag, *place, elements.end, complete)
+    return ParsedFile(syntax, elements, elements.data, None, b"", elements.end, 0, elements.end, complete)
 
 
 def _parse_deflated(data: bytes, start: int, max_inflated: int) -> ParsedFile:
-    body, complete = inflate(data[start:], max_inflated)
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    body = inflater.decompress(data[start:], max_inflated)
+    complete = inflater.eof
+    # Some writers end the stream as gzip does, with checksum and size.
+    rest = inflater.unused_data.removeprefix(struct.pack("<LL", zlib.crc32(body), len(body)))
+    if complete and rest.strip(b"\0"):
+        raise UnusableImageError(Reason.BEHIND_PIXELS)
     try:
-        parsed = _parsed(
-            DeflatedExplicitVRLittleEndian, find_elements(body, 0, Encoding(explicit=True, little=True))
-        )
+        elements = find_elements(body, 0, Encoding(explicit=True, little=True))
     except OddDatasetError:
         raise UnusableImageError(Reason.MALFORMED if complete else Reason.DEFLATED) from None
+    parsed = _parsed(DeflatedExplicitVRLittleEndian, elements, complete=complete)
     if parsed.pixel_tag is None and not complete:
         raise UnusableImageError(Reason.DEFLATED)
     return parsed
@@ -209,13 +235,16 @@ def _parse_with_pydicom(data: bytes) -> ParsedFile:
         dataset = read_partial(stream, stop_when=_stop_at_pixels(stream))
     except InvalidDicomError:
         raise UnusableImageError(Reason.NOT_DICOM) from None
+    refuse_nested_repeats(dataset)
     encoding = _written_encoding(dataset)
     end = stream.tell()
+    tag, vr, start, length = _pixel_place(data, end, encoding)
+    behind = {} if tag is None else elements_behind(data, tag, start, length, encoding)
     return ParsedFile(
         str(dataset.file_meta.get("TransferSyntaxUID") or ""),
-        _elements_of(dataset, encoding),
+        _elements_of(dataset, encoding, data, behind),
         data,
-        *_pixel_place(data, end, encoding),
+        *(tag, vr, start, length),
         end,
     )
 
@@ -250,14 +279,18 @@ def _written_encoding(dataset: FileDataset) -> Encoding:
     return Encoding(not implicit, bool(little))
 
 
-def _elements_of(dataset: FileDataset, encoding: Encoding) -> Elements:
-    """Lay out what pydicom found as `find_elements` would have."""
-    places: dict[int, tuple[bytes, int, int]] = {}
+def _elements_of(dataset: FileDataset, encoding: Encoding, data: bytes, behind: dict[int, Place]) -> Elements:
+    """Lay out what pydicom found, and what stands behind the pixels, as `find_elements` would have."""
+    places: dict[int, Place] = {}
     values: list[bytes] = []
     position = 0
-    for tag in sorted(dataset.keys()):
-        vr, value = _raw_value(dataset.get_item(tag), encoding)
-        places[int(tag)] = (vr, position, len(value))
+    found = [(int(tag), *_raw_value(dataset.get_item(tag), encoding)) for tag in sorted(dataset.keys())]
+    for tag, (vr, start, length) in behind.items():
+        ended = length != UNDEFINED_LENGTH  # a private sequence that nobody asks for
+        found.append((tag, vr, data[start : start + length] if ended else b""))
+    for tag, vr, value in found:
+        if places.setdefault(tag, (vr, position, len(value)))[1] != position:
+            raise UnusableImageError(Reason.MALFORMED)
         values.append(value)
         position += len(value)
     return Elements(b"".join(values), encoding, places, position)

@@ -7,26 +7,30 @@ everything else goes through pydicom, whose corrections (signs, unused bits, col
 
 from __future__ import annotations
 
-import io
-import struct
 import zlib
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import uid
-from pydicom.encaps import encapsulate, generate_frames
+from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
 
-from fedward_client.dicom.codestream import FrameSize, frame_size
+from fedward_client.dicom.behind_pixels import MAX_BEHIND_BYTES
+from fedward_client.dicom.codestream import FrameSize, frame_size, mixes_colours
 from fedward_client.dicom.elements import UNDEFINED_LENGTH
+from fedward_client.dicom.fragments import coded_frames
 from fedward_client.dicom.header import MAX_FRAMES, Header
 from fedward_client.dicom.parser import ParsedFile, inflate, parse_file
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.rle import decode_single_bits
-from fedward_client.dicom.syntaxes import DEFLATED_IMAGE_FRAME, PLUGIN_OF_SYNTAX
+from fedward_client.dicom.syntaxes import (
+    DEFLATED_IMAGE_FRAME,
+    ENCAPSULATED_UNCOMPRESSED,
+    LOSSY_SYNTAXES,
+    PLUGIN_OF_SYNTAX,
+)
 from fedward_client.dicom.values import raw_value
 
 Stored = NDArray[Any]
@@ -41,12 +45,15 @@ _RLE_SPARE = 1024
 
 _MAX_FRAGMENTS = 4 * MAX_FRAMES
 
-_ITEM = struct.Struct("<4sL").unpack_from
-_FRAGMENT, _SEQUENCE_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
+_WITHOUT_PLUGIN = ("zlib", "numpy")
 
 # Coding processes that a syntax may hold; a progressive JPEG, say, can be made to decode for hours.
 # RLE does not say how large its picture is; its decoder takes all that the segments expand to.
 _JPEG2000 = (0x51,)
+_JPEG2000_SYNTAXES = (
+    *(uid.JPEG2000Lossless, uid.JPEG2000),
+    *(uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K),
+)
 _MARKERS: dict[str, tuple[int, ...]] = {
     uid.JPEGBaseline8Bit: (0xC0, 0xC1),
     uid.JPEGExtended12Bit: (0xC0, 0xC1),
@@ -54,11 +61,7 @@ _MARKERS: dict[str, tuple[int, ...]] = {
     uid.JPEGLosslessSV1: (0xC3,),
     uid.JPEGLSLossless: (0xF7,),
     uid.JPEGLSNearLossless: (0xF7,),
-    uid.JPEG2000Lossless: _JPEG2000,
-    uid.JPEG2000: _JPEG2000,
-    uid.HTJ2KLossless: _JPEG2000,
-    uid.HTJ2KLosslessRPCL: _JPEG2000,
-    uid.HTJ2K: _JPEG2000,
+    **dict.fromkeys(_JPEG2000_SYNTAXES, _JPEG2000),
 }
 
 
@@ -66,13 +69,19 @@ def reach_pixels(parsed: ParsedFile, header: Header, data: bytes) -> ParsedFile:
     """Inflate as far as the pixels, whose size is known by now; other files are returned as they are.
 
     Raises:
-        UnusableImageError: fewer pixels than the header announces.
+        UnusableImageError: fewer pixels than the header announces, or more behind them than can be looked at.
     """
     if parsed.pixel_bytes_left is not None:
         return parsed
-    needed = parsed.pixel_start + header.num_pixel_bytes
-    whole = parse_file(data, max_inflated=needed)
-    if len(whole.body) < needed:
+    needed = parsed.pixel_start + header.num_native_bytes
+    whole = parsed
+    if not parsed.seen_to_end:
+        whole = parse_file(data, max_inflated=needed + MAX_BEHIND_BYTES)
+        if not whole.seen_to_end:
+            raise UnusableImageError(Reason.DEFLATED)
+        if any(tag not in parsed.elements.places for tag in whole.elements.places if tag >> 16 & 1):
+            raise UnusableImageError(Reason.BEHIND_PIXELS)  # the gate has not counted them
+    if len(whole.body) < needed or whole.pixel_length < header.num_native_bytes:
         raise UnusableImageError(Reason.TRUNCATED)
     return whole
 
@@ -92,12 +101,10 @@ def stored_frames(parsed: ParsedFile, header: Header) -> Iterator[Stored]:
     """
     if header.transfer_syntax not in PLUGIN_OF_SYNTAX:
         return _native_grey(parsed, header) if header.samples == 1 else _native_colour(parsed, header)
-    frames = list(islice(_compressed_frames(parsed, header), header.num_frames))
-    if len(frames) < header.num_frames:
-        raise UnusableImageError(Reason.TRUNCATED)
+    frames = _compressed_frames(parsed, header)
     for frame in frames:
         _check_size(frame, header)
-    return (_checked(_decode(frame, header), header) for frame in frames)
+    return (_checked(_decoded(frame, header), header) for frame in frames)
 
 
 def _native_grey(parsed: ParsedFile, header: Header) -> Iterator[Stored]:
@@ -134,7 +141,10 @@ def _swapped_bytes(parsed: ParsedFile, first: int, count: int) -> NDArray[np.uin
 def _single_bits(parsed: ParsedFile, header: Header) -> Iterator[Stored]:
     """Unpack frames of single bits, which follow each other without a gap (PS3.5 8.1.1)."""
     num_pixels = header.rows * header.columns
-    body = np.frombuffer(parsed.body, np.uint8, header.num_pixel_bytes, parsed.pixel_start)
+    if parsed.pixel_vr == b"OW" and not parsed.elements.encoding.little:
+        body = _swapped_bytes(parsed, 0, min(header.num_pixel_bytes, parsed.pixel_length // 2 * 2))
+    else:
+        body = np.frombuffer(parsed.body, np.uint8, header.num_pixel_bytes, parsed.pixel_start)
     for frame in range(header.num_frames):
         first = frame * num_pixels
         packed = body[first // 8 : (first + num_pixels + 7) // 8]
@@ -144,8 +154,8 @@ def _single_bits(parsed: ParsedFile, header: Header) -> Iterator[Stored]:
 
 def _without_unused_bits(stored: Stored, header: Header) -> Stored:
     """Clear bits above BitsStored, where old devices kept overlays; extend the sign into them."""
-    unused = header.bits_allocated - header.bits_stored
-    if header.pixel_kind != "integer" or not unused:
+    unused = 8 * stored.dtype.itemsize - header.bits_stored
+    if header.pixel_kind != "integer" or unused <= 0:
         return stored
     highest = 2 ** (header.bits_stored - header.signed) - 1
     if stored.max() <= highest and (not header.signed or stored.min() >= -highest - 1):
@@ -164,35 +174,15 @@ def _native_colour(parsed: ParsedFile, header: Header) -> Iterator[Stored]:
         yield _checked(_with_pydicom(pixels, header, parsed.pixel_vr), header)
 
 
-def _compressed_frames(parsed: ParsedFile, header: Header) -> Iterator[bytes]:
+def _compressed_frames(parsed: ParsedFile, header: Header) -> list[bytes]:
     end = None if parsed.pixel_length == UNDEFINED_LENGTH else parsed.pixel_start + parsed.pixel_length
-    offsets = raw_value(parsed.elements, "ExtendedOffsetTable")
-    lengths = raw_value(parsed.elements, "ExtendedOffsetTableLengths")
-    pixels = parsed.body[parsed.pixel_start : end]
-    _check_fragments(pixels, delimited=end is None)
-    try:
-        yield from generate_frames(
-            io.BytesIO(pixels),
-            number_of_frames=header.num_frames,
-            extended_offsets=(offsets, lengths) if offsets and lengths else None,
-        )
-    except (ValueError, EOFError, StopIteration):
-        raise UnusableImageError(Reason.TRUNCATED) from None
-
-
-def _check_fragments(pixels: bytes, *, delimited: bool) -> None:
-    """See that every fragment is all there: decoders make do with half of one and say nothing."""
-    position = num_fragments = 0
-    while position + 8 <= len(pixels):
-        tag, length = _ITEM(pixels, position)
-        num_fragments += 1
-        if tag == _SEQUENCE_END and delimited:
-            return
-        if tag != _FRAGMENT or num_fragments > _MAX_FRAGMENTS:
-            raise UnusableImageError(Reason.CODESTREAM)
-        position += 8 + length
-    if delimited or position != len(pixels):
-        raise UnusableImageError(Reason.TRUNCATED)
+    return coded_frames(
+        parsed.body[parsed.pixel_start : end],
+        header.num_frames,
+        delimited=end is None,
+        max_fragments=_MAX_FRAGMENTS,
+        extended_offsets=raw_value(parsed.elements, "ExtendedOffsetTable") or b"",
+    )
 
 
 def _check_size(frame: bytes, header: Header) -> None:
@@ -209,23 +199,44 @@ def _check_size(frame: bytes, header: Header) -> None:
             raise UnusableImageError(Reason.CODESTREAM)
 
 
+def _decoded(frame: bytes, header: Header) -> Stored:
+    """Decode one frame; what was compressed without loss has its unused bits as an uncompressed one has.
+
+    Lossy coding may overshoot what BitsStored can hold. Such a value stays: without its upper bits it would
+    turn from the brightest to the darkest.
+    """
+    stored = _decode(frame, header)
+    lossy = header.transfer_syntax in LOSSY_SYNTAXES
+    return stored if lossy else _without_unused_bits(stored, header)
+
+
 def _decode(frame: bytes, header: Header) -> Stored:
     if header.transfer_syntax == DEFLATED_IMAGE_FRAME:
         return _inflated(frame, header)
+    if header.transfer_syntax == ENCAPSULATED_UNCOMPRESSED:
+        return _plain(frame, header)
     if header.transfer_syntax == uid.JPEGExtended12Bit:
         return _extended_jpeg(frame, header)
     if header.bits_allocated == 1 and header.transfer_syntax == uid.RLELossless:
         return decode_single_bits(frame, header.rows, header.columns)
-    return _with_pydicom(encapsulate([frame]), header, b"OB")
+    photometric = header.photometric
+    # Archives that compress anew leave the label of the former encoding.
+    if photometric.startswith("YBR_FULL") and _is_transformed(frame, header):
+        photometric = "YBR_RCT"
+    return _with_pydicom(encapsulate([frame]), header, b"OB", photometric=photometric)
 
 
-def _with_pydicom(pixels: bytes, header: Header, vr: bytes) -> Stored:
+def _is_transformed(frame: bytes, header: Header) -> bool:
+    return header.transfer_syntax in _JPEG2000_SYNTAXES and mixes_colours(frame)
+
+
+def _with_pydicom(pixels: bytes, header: Header, vr: bytes, *, photometric: str = "") -> Stored:
     options: dict[str, Any] = {
         "rows": header.rows,
         "columns": header.columns,
         "number_of_frames": 1,
         "samples_per_pixel": header.samples,
-        "photometric_interpretation": header.photometric,
+        "photometric_interpretation": photometric or header.photometric,
         "planar_configuration": header.planar,
         "pixel_representation": header.signed,
         "bits_allocated": header.bits_allocated,
@@ -235,8 +246,9 @@ def _with_pydicom(pixels: bytes, header: Header, vr: bytes) -> Stored:
         "allow_excess_frames": False,
     }
     plugin = PLUGIN_OF_SYNTAX.get(header.transfer_syntax, "")
-    decoder = get_decoder(uid.UID(header.transfer_syntax))
-    stored: Stored = decoder.as_array(pixels, decoding_plugin=plugin, **options)[0]
+    plain = plugin in _WITHOUT_PLUGIN
+    decoder = get_decoder(uid.ExplicitVRLittleEndian if plain else uid.UID(header.transfer_syntax))
+    stored: Stored = decoder.as_array(pixels, decoding_plugin="" if plain else plugin, **options)[0]
     return stored
 
 
@@ -253,21 +265,32 @@ def _extended_jpeg(frame: bytes, header: Header) -> Stored:
 
 
 def _inflated(frame: bytes, header: Header) -> Stored:
-    """Inflate one frame of Deflated Image Frame Compression; each begins at a byte (PS3.5 A.4.13)."""
-    num_bits = header.rows * header.columns * header.samples * header.bits_allocated
+    """Inflate one frame of Deflated Image Frame Compression (PS3.5 A.4.13)."""
     try:
-        pixels, _ = inflate(frame, (num_bits + 7) // 8)
+        pixels, _ = inflate(frame, _num_plain_bytes(header))
     except zlib.error:
         raise UnusableImageError(Reason.CODESTREAM) from None
-    if 8 * len(pixels) < num_bits:
+    return _plain(pixels, header)
+
+
+def _plain(pixels: bytes, header: Header) -> Stored:
+    """One frame that a fragment holds uncompressed, little-endian; it begins at a byte."""
+    if len(pixels) < _num_plain_bytes(header):
         raise UnusableImageError(Reason.TRUNCATED)
+    num_pixels = header.rows * header.columns
     if header.bits_allocated == 1:
-        bits = np.unpackbits(np.frombuffer(pixels, np.uint8), bitorder="little", count=num_bits)
+        bits = np.unpackbits(np.frombuffer(pixels, np.uint8), bitorder="little", count=num_pixels)
         return bits.reshape(header.rows, header.columns)
     if header.samples != 1:
-        raise UnusableImageError(Reason.PIXEL_FORMAT)
-    stored = np.frombuffer(pixels, _stored_type(header, little=True))
-    return _without_unused_bits(stored.reshape(header.rows, header.columns), header)
+        return _with_pydicom(pixels, header, b"OW" if header.bits_allocated > 8 else b"OB")
+    stored = np.frombuffer(pixels, _stored_type(header, little=True), num_pixels)
+    return stored.reshape(header.rows, header.columns)
+
+
+def _num_plain_bytes(header: Header) -> int:
+    num_bits = header.rows * header.columns * header.samples * header.bits_allocated
+    num_bytes = (num_bits + 7) // 8
+    return num_bytes // 3 * 2 if header.photometric == "YBR_FULL_422" else num_bytes
 
 
 def _checked(stored: Stored, header: Header) -> Stored:

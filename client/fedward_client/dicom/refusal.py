@@ -18,7 +18,9 @@ class Reason(StrEnum):
     EMPTY = "empty"
     TOO_LARGE = "too_large"
     NOT_DICOM = "not_dicom"
+    DIRECTORY = "directory"
     MALFORMED = "malformed"
+    BEHIND_PIXELS = "behind_pixels"
     TRANSFER_SYNTAX = "transfer_syntax"
     DEFLATED = "deflated"
     DECODER_MISSING = "decoder_missing"
@@ -75,6 +77,7 @@ class Reason(StrEnum):
     MISALIGNED = "misaligned"
     GANTRY_TILT = "gantry_tilt"
     SINGLE_SLICE = "single_slice"
+    STILL_ARRIVING = "still_arriving"
     SEGMENTATION_FRAMES = "segmentation_frames"
     SEGMENTS_OVERLAP = "segments_overlap"
     NO_SEGMENT = "no_segment"
@@ -116,7 +119,7 @@ _RESEND = "Send the image from the PACS again; if it stays, export it as Explici
 _ACCEPT = (
     "Look at some of them; if they are sound, name their SOP class in the gate's policy ([[gate.accept]])."
 )
-_EXPORT = "Export CR or DX images for presentation, one frame each, in grey."
+_EXPORT = "Export it again as single frames in grey, a radiograph for presentation."
 
 _TEXTS: dict[Reason, tuple[str, str]] = {
     Reason.UNREADABLE: (
@@ -124,9 +127,23 @@ _TEXTS: dict[Reason, tuple[str, str]] = {
         "Correct its permissions, or check the disk; then index again.",
     ),
     Reason.EMPTY: ("the file is empty", "Send the image from the PACS again, or delete the file."),
-    Reason.TOO_LARGE: ("the file is larger than any radiograph", "Keep only CR and DX images in the folder."),
-    Reason.NOT_DICOM: ("not a DICOM file", "Move it out of the image folder, or send the image again."),
+    Reason.TOO_LARGE: (
+        "the file is larger than reading one file may take",
+        "Export it compressed or as single frames; move what is no image out of the folder.",
+    ),
+    Reason.NOT_DICOM: (
+        "not a DICOM file",
+        "Move it out of the image folder; unpack an archive (zip, tar) first; or send the image again.",
+    ),
+    Reason.DIRECTORY: (
+        "a DICOMDIR, which lists the files of a medium and is no image",
+        "Nothing to do: the images it lists are read by themselves.",
+    ),
     Reason.MALFORMED: ("the DICOM header cannot be read", _RESEND),
+    Reason.BEHIND_PIXELS: (
+        "behind the pixels is what must not be there: a second picture, an overlay, or bytes of no element",
+        _RESEND,
+    ),
     Reason.TRANSFER_SYNTAX: (
         "this transfer syntax is not on the list of permitted ones",
         "Convert it, for example: dcmdjpeg IN OUT, or gdcmconv --raw IN OUT.",
@@ -139,7 +156,11 @@ _TEXTS: dict[Reason, tuple[str, str]] = {
         "the decoder for this transfer syntax is not installed",
         "pip install python-gdcm (JPEG Lossless), then index again; or convert with dcmdjpeg IN OUT.",
     ),
-    Reason.SOP_CLASS: ("this kind of object is not supported", _EXPORT),
+    Reason.SOP_CLASS: (
+        "not a kind of object that this cohort can use",
+        "Nothing to do if it is no image to learn from; else export it as an image of the modality that the"
+        " cohort declares, a radiograph for presentation.",
+    ),
     Reason.MISLABELLED: (
         "Modality contradicts the SOP class",
         "Correct Modality at its source; send again.",
@@ -162,7 +183,10 @@ _TEXTS: dict[Reason, tuple[str, str]] = {
         "grey or colour is coded in a way that is not supported",
         "Export it as MONOCHROME2 or RGB, 8 or 16 bits a sample.",
     ),
-    Reason.PIXEL_FORMAT: ("pixels in a form that radiographs do not have", _EXPORT),
+    Reason.PIXEL_FORMAT: (
+        "pixels in a form that readers understand differently, such as HighBit not BitsStored - 1",
+        _EXPORT,
+    ),
     Reason.DIMENSIONS: ("rows, columns or bits out of bounds", "Check the header; export the image again."),
     Reason.BURNED_IN: (
         "BurnedInAnnotation is YES: text may be part of the pixels",
@@ -254,7 +278,7 @@ _TEXTS: dict[Reason, tuple[str, str]] = {
         "Export it again from the scanner or PACS, or as single-frame images.",
     ),
     Reason.MOSAIC: (
-        "a Siemens mosaic whose tiles cannot be placed with certainty",
+        "slices side by side in one picture (a mosaic) that cannot be placed with certainty",
         "Export it as single slices or as enhanced multi-frame.",
     ),
     Reason.OVER_LIMIT: (
@@ -280,7 +304,7 @@ _TEXTS: dict[Reason, tuple[str, str]] = {
         "Send each reconstruction as a series of its own.",
     ),
     Reason.MIXED_SERIES: (
-        "slices of one series differ in frame of reference, so their positions cannot be compared",
+        "slices of one series differ in frame of reference, or in kind: some were acquired, some derived",
         "Send each acquisition as a series of its own.",
     ),
     Reason.VOLUMES_UNCLEAR: (
@@ -314,6 +338,11 @@ _TEXTS: dict[Reason, tuple[str, str]] = {
     Reason.SINGLE_SLICE: (
         "a single slice without SliceThickness is no volume",
         "Send the whole series.",
+    ),
+    Reason.STILL_ARRIVING: (
+        "images of this series are still arriving: some came a moment ago, or fewer are here than announced",
+        "Wait until the transfer is finished, then: fedward-site cohort index. If it stays, send the series"
+        " again; [arrival] in HOME/cohort.toml sets what counts as arriving.",
     ),
     Reason.SEGMENTATION_FRAMES: (
         "frames and segments of the segmentation contradict one another",

@@ -188,7 +188,7 @@ def _only_whole(parts: Sequence[Part], incomplete: Sequence[int], place_of: Mapp
     """
     largest = max(len(part.members) for part in parts)
     places = [frozenset(place_of[member] for member in part.members) for part in parts]
-    wanted = _together(places)
+    wanted = together(places)
     whole: list[Part] = []
     cut: list[Part] = []
     for part, own in zip(parts, places, strict=True):
@@ -201,7 +201,7 @@ def _only_whole(parts: Sequence[Part], incomplete: Sequence[int], place_of: Mapp
     return Split(tuple(whole), (*incomplete, *left_out))
 
 
-def _together(sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
+def together(sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
     """Unite sets that share something, until none do."""
     united: list[frozenset[int]] = []
     for each in dict.fromkeys(sets):

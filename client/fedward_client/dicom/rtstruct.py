@@ -224,7 +224,7 @@ def _polygon(
     """Slice of a contour, and its corners `(n, 2)` as row and column."""
     if len(contour.stored) > _MAX_CONTOUR_BYTES:
         raise UnusableImageError(Reason.OVER_LIMIT)
-    if contour.geometric_type not in _CLOSED:
+    if contour.geometric_type not in _CLOSED or b"_" in contour.stored:  # NumPy reads 1_0 as ten
         raise UnusableImageError(Reason.CONTOURS)
     numbers = np.array(contour.stored.strip(b" \0").split(b"\\"), dtype=np.float64)
     if len(numbers) % 3 or len(numbers) < 9 or not (np.abs(numbers) <= 1e6).all():  # NaN fails as well

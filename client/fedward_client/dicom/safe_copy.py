@@ -30,6 +30,7 @@ from fedward_client.dicom.deidentify_rules import (
     keyword_of,
     profile,
 )
+from fedward_client.dicom.kept_numbers import drop_odd_tables, may_stay
 from fedward_client.dicom.replacements import Replacements
 
 DUMMY = "REMOVED"
@@ -39,6 +40,7 @@ DUMMY_DATE, DUMMY_TIME = "00010101", "000000"
 METHOD = ("fedward: DICOM PS3.15 Basic Profile, allow-list",)
 
 _MAX_DEPTH = 24
+_PIXEL_GROUP = 0x7FE0
 _CODE_STRING = re.compile(r"[A-Za-z0-9 _.+/\-]{0,32}")
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 _TIME = re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?", re.ASCII)
@@ -143,12 +145,13 @@ class _Cleaner:
         copy = Dataset()
         for tag in sorted(source.keys()):
             element = _element(source, tag)
-            if element is None:
+            if element is None or (depth and tag.group == _PIXEL_GROUP):  # a picture inside a sequence
                 continue
             if tag.is_private:
                 self._copy_private(source, element, copy)
                 continue
             self._copy_public(element, copy, depth)
+        drop_odd_tables(copy)
         if not _is_ascii(copy):
             copy.SpecificCharacterSet = "ISO_IR 192"
         elif "SpecificCharacterSet" in copy:
@@ -189,6 +192,9 @@ class _Cleaner:
     def _kept(self, element: DataElement) -> Any:
         """The value itself, if it is what its VR says; None when it is not."""
         values = _values(element)
+        is_public_number = element.VR in NUMBER_VRS and not element.tag.is_private
+        if is_public_number and not may_stay(int(element.tag), str(element.VR), values):
+            return None
         if element.VR == "CS":
             return element.value if all(_CODE_STRING.fullmatch(str(value)) for value in values) else None
         if element.VR == "UI":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from numpy.typing import NDArray
 from pydicom._uid_dict import UID_dictionary
@@ -15,12 +16,17 @@ from fedward_client.index_reading import found_from
 from fedward_client.index_records import FileRead
 from fedward_common.errors import CohortError
 
-What = Literal["frames", "image", "facts", "labels", "stored"]
-Outcome = Frames | NDArray[Any] | FileRead | str | CohortError
+if TYPE_CHECKING:
+    from fedward_client.dicom.deidentify import SafeCopy
+
+What = Literal["frames", "image", "facts", "labels", "stored", "copy"]
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+Outcome = Union[Frames, NDArray[Any], FileRead, str, CohortError, "SafeCopy"]
 
 
 def outcomes_of(message: Any, num_files: int, what: What, take: Take) -> list[Outcome]:
-    """Rebuild the answers to a request for so many files.
+    """Rebuild the answers to a request for so many files, or to the first of them.
 
     Args:
         message: as it came.
@@ -32,7 +38,7 @@ def outcomes_of(message: Any, num_files: int, what: What, take: Take) -> list[Ou
         WireError, KeyError, TypeError, ValueError, IndexError: they make no sense.
     """
     replies = message["replies"]
-    if len(replies) != num_files:
+    if not 1 <= len(replies) <= num_files:
         raise WireError
     return [_outcome(dict(reply), what, take) for reply in replies]
 
@@ -44,9 +50,17 @@ def _outcome(reply: dict[str, Any], what: What, take: Take) -> Outcome:
         return not_to_be_had()
     if what == "facts":
         sha256, size, mtime_ns, found = reply["facts"]
-        return FileRead(str(sha256), int(size), int(mtime_ns), found_from(found, _known_kind))
+        if not _SHA256.fullmatch(sha256) or not (type(size) is type(mtime_ns) is int):
+            raise WireError
+        if not (0 <= size < 2**63 and -(2**63) <= mtime_ns < 2**63):
+            raise WireError
+        return FileRead(sha256, size, mtime_ns, found_from(found, _known_kind))
     if what == "labels":
         return str(reply["labels"])
+    if what == "copy":
+        from fedward_client.dicom.copy_answers import copy_from  # few ask for copies
+
+        return copy_from(reply, take)
     if what == "frames":
         return frames_from(reply["frames"], take)
     return take(*reply["image"])

@@ -8,9 +8,11 @@ Pixels take another way: `shared_pixels.py`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import struct
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -28,12 +30,19 @@ DEPTH = 2
 """Requests a process has at hand at most: it goes on while its last answer is being used."""
 
 MAX_FILES = 64
+NO_FILE = 255
+"""Said by a decoder process of the file at hand, by its place in the request: there is none."""
+
 _MAX_MESSAGE = 64 * 2**20
+_UNCOUNTED = 2**20
+_MAX_CONTAINERS, _MAX_VALUES = 2**21, 2**22
+"""Of a message longer than that: parsed, an empty list of three bytes takes sixty-four."""
+
 _LENGTH = struct.Struct("<I")
 _JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
-Take = Callable[[Sequence[int], str], NDArray[Any]]
-"""Gives the array of a shape and type that an answer announces; see `Memories.array`."""
+Take = Callable[..., NDArray[Any]]
+"""Gives the array of a shape, type and place that an answer announces; see `Memories.array`."""
 
 
 class WireError(Exception):
@@ -52,28 +61,35 @@ def send(channel: socket.socket, message: object, files: Sequence[int] = ()) -> 
 def receive(channel: socket.socket) -> tuple[Any, list[int]]:
     """Receive one message and its open files, which the caller closes.
 
+    The whole message has to come within the socket's timeout.
+
     Raises:
         WireError: the other side is gone, or what came is no message.
         OSError: from the socket, for example when it takes too long.
     """
+    patience_s = channel.gettimeout()
     start, files, _, _ = socket.recv_fds(channel, _LENGTH.size, MAX_FILES)
+    until = math.inf if patience_s is None else time.monotonic() + patience_s
     try:
         if not start:
             raise WireError
-        start += _exactly(channel, _LENGTH.size - len(start))
+        start += _exactly(channel, _LENGTH.size - len(start), until)
         (length,) = _LENGTH.unpack(start)
         if length > _MAX_MESSAGE:
             raise WireError
-        return json.loads(_exactly(channel, length)), files
+        return _parsed(_exactly(channel, length, until)), files
     except (ValueError, RecursionError):
         close_all(files)
         raise WireError from None
     except BaseException:
         close_all(files)
         raise
+    finally:
+        if channel.gettimeout() != patience_s:
+            channel.settimeout(patience_s)
 
 
-def _exactly(channel: socket.socket, length: int) -> bytes:
+def _exactly(channel: socket.socket, length: int, until: float) -> bytes:
     received = bytearray(length)
     view = memoryview(received)
     while view:
@@ -81,7 +97,17 @@ def _exactly(channel: socket.socket, length: int) -> bytes:
         if not count:
             raise WireError
         view = view[count:]
+        if view and until != math.inf:  # or one byte at a time could keep us for ever
+            channel.settimeout(max(until - time.monotonic(), 1e-3))
     return bytes(received)
+
+
+def _parsed(payload: bytes) -> Any:
+    if len(payload) > _UNCOUNTED and (
+        payload.count(b"[") + payload.count(b"{") > _MAX_CONTAINERS or payload.count(b",") > _MAX_VALUES
+    ):
+        raise WireError
+    return json.loads(payload)
 
 
 def close_all(files: Sequence[int]) -> None:

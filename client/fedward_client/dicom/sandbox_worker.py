@@ -2,8 +2,8 @@
 
 Started as a program of its own, so it holds no key and no open file of the site. It loads the decoders,
 limits itself, gives up files and network (`confinement.py`), and then answers requests: each comes with
-an open file and goes back as facts and pixels in shared memory. Whatever an image makes it do ends with
-this process and costs that image.
+open files, which go back as facts and pixels in shared memory. Each file has its own limits, also where
+several come together. Whatever an image makes it do ends with this process and costs that image.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import gc
 import hashlib
 import math
+import mmap
 import os
 import resource
 import signal
@@ -31,6 +32,7 @@ from fedward_client.dicom.decode import decode_image
 from fedward_client.dicom.frames import decode_frames
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.sandbox_wire import (
+    NO_FILE,
     WireError,
     close_all,
     frames_message,
@@ -56,7 +58,9 @@ Half of it may be shared memory, a quarter what `malloc` keeps.
 _MALLOC_KEEPS_BYTES = 32 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-_MAX_OPEN_FILES = 128
+_MAX_OPEN_FILES = 48
+"""Sixteen are asked about at a time; what is held in shared memory does not count as the process's own."""
+
 _PIECE = 2**20
 _LIBRARY_FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/etc/ld.so.cache")
 
@@ -93,7 +97,8 @@ class _ProcessorTime:
     def start(self, num_pixels: int = 0) -> None:
         allowed_s = self._cpu_s + num_pixels / _PIXELS_PER_CPU_S
         signal.setitimer(signal.ITIMER_PROF, allowed_s)
-        # The same again in whole seconds: nothing that runs in this process can put it off.
+        # The same again in whole seconds, for a decoder that never comes back to Python. One that an image
+        # took over can put off both; the site's clock ends it (`sandbox.py`).
         used_s = time.process_time()
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used_s + allowed_s) + 1, hard))
@@ -106,10 +111,13 @@ def main(arguments: Sequence[str]) -> None:
     """Serve on an inherited socket until the other side closes it.
 
     Args:
-        arguments: file number of the socket, bytes of memory, seconds of processor time.
+        arguments: file numbers of the socket and of the byte that says which file is at hand, bytes of
+            memory, seconds of processor time.
     """
     channel = socket.socket(fileno=int(arguments[0]))
-    limits = Limits(int(arguments[1]), float(arguments[2]))
+    at_hand = mmap.mmap(int(arguments[1]), 1)
+    os.close(int(arguments[1]))
+    limits = Limits(int(arguments[2]), float(arguments[3]))
     memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     gc.collect()
@@ -126,7 +134,7 @@ def main(arguments: Sequence[str]) -> None:
     os.dup2(nowhere, sys.stderr.fileno(), inheritable=False)  # decoders quote what they do not understand
     send(channel, {"ready": True, "confined": sorted(confined)})
     try:
-        _serve(channel, limits, lambda: _memory(memory)[0] > mapped + _MAX_GROWTH_BYTES)
+        _serve(channel, limits, lambda: _memory(memory)[0] > mapped + _MAX_GROWTH_BYTES, at_hand)
     except (WireError, OSError):  # the site is done with us
         return
 
@@ -150,7 +158,9 @@ def _memory(statm: int) -> tuple[int, int]:
     return int(mapped) * page, int(resident) * page
 
 
-def _serve(channel: socket.socket, limits: Limits, has_grown: Callable[[], bool]) -> None:
+def _serve(
+    channel: socket.socket, limits: Limits, has_grown: Callable[[], bool], at_hand: mmap.mmap | bytearray
+) -> None:
     processor_time = _ProcessorTime(limits.cpu_s)
     memories: list[SharedArray] = []
 
@@ -162,23 +172,45 @@ def _serve(channel: socket.socket, limits: Limits, has_grown: Callable[[], bool]
     memories.extend(SharedArray(make_room) for _ in range(MEMORIES))
     while True:
         request, files = receive(channel)
-        replies, shared = [], memories[request["memory"]]
+        shared, started_s = memories[request["memory"]], time.process_time()
         try:
-            for file, content in zip(files, request["contents"], strict=True):
-                processor_time.start()
-                if request["what"] == "labels":
-                    processor_time.start(_LABEL_PIXELS)
-                    replies.append(_labels(request["question"], file, content, limits))
-                else:
-                    replies.append(_answer(request["what"], file, content, limits, shared, processor_time))
+            replies = _replies(request, files, limits, shared, processor_time, at_hand)
             retiring = has_grown()
-            send(channel, {"replies": replies, "retiring": retiring}, shared.unsent())
+            answer = {"replies": replies, "retiring": retiring, "cpu_s": time.process_time() - started_s}
+            send(channel, answer, shared.unsent())
         finally:
             processor_time.stop()
             shared.release()
             close_all(files)
         if retiring:
             return
+
+
+def _replies(
+    request: dict[str, Any],
+    files: Sequence[int],
+    limits: Limits,
+    shared: SharedArray,
+    processor_time: _ProcessorTime,
+    at_hand: mmap.mmap | bytearray,
+) -> list[dict[str, Any]]:
+    """Answer for each file, or for as many as there is room for; the site asks again for the others."""
+    what, replies = request["what"], []
+    for place, (file, content) in enumerate(zip(files, request["contents"], strict=True)):
+        at_hand[0] = place
+        processor_time.start(_LABEL_PIXELS if what == "labels" else 0)
+        if what == "labels":
+            replies.append(_labels(request["question"], file, content, limits))
+            continue
+        if what == "copy":
+            replies.append(_copy(request["question"], file, content, limits, shared))
+            continue
+        reply = _answer(what, file, content, limits, shared, processor_time)
+        if shared.is_full:
+            break
+        replies.append(reply)
+    at_hand[0] = NO_FILE
+    return replies
 
 
 def _answer(
@@ -205,19 +237,21 @@ def _answer(
             raise UnusableImageError(Reason.TOO_LARGE)
         if what == "frames":
             frames = decode_frames(data, max_pixel_bytes=limits.max_pixel_bytes, allocate=allocate)
-            return {"frames": frames_message(frames)}
+            message = frames_message(frames)
+            message["values"].append(shared.keep())
+            return {"frames": message}
         if what == "stored":
             image: NDArray[Any] = decode_stored(
                 data, max_pixel_bytes=limits.max_pixel_bytes, allocate=allocate
             )
         else:
             image = decode_image(data, allocate=allocate)
-        return {"image": [list(image.shape), image.dtype.name]}
+        return {"image": [list(image.shape), image.dtype.name, shared.keep()]}
     except UnusableImageError as error:
-        shared.release()
+        shared.drop()
         return {"refused": error.reason.value, "kind": error.kind}
     except MemoryError:
-        shared.release()
+        shared.drop()
         return {"refused": Reason.OVER_LIMIT.value, "kind": ""}
 
 
@@ -234,6 +268,31 @@ def _labels(question: str, file: int, content: str | None, limits: Limits) -> di
     except UnusableImageError as error:
         return {"refused": error.reason.value, "kind": error.kind}
     except MemoryError:
+        return {"refused": Reason.OVER_LIMIT.value, "kind": ""}
+
+
+def _copy(
+    question: str, file: int, content: str | None, limits: Limits, shared: SharedArray
+) -> dict[str, Any]:
+    from fedward_client.dicom.copy_answers import answer_copy  # most processes are never asked
+
+    try:
+        sha256, data = _read(file, limits.max_file_bytes)
+        if content is not None and content != sha256:
+            return {"changed": True}
+        if data is None:
+            raise UnusableImageError(Reason.TOO_LARGE)
+        reply, written = answer_copy(data, question)
+        if written:
+            image = shared.allocate((1, len(written)), np.dtype(np.uint8))
+            image[0] = np.frombuffer(written, np.uint8)
+            reply["image"] = [list(image.shape), image.dtype.name, shared.keep()]
+        return reply
+    except UnusableImageError as error:
+        shared.drop()
+        return {"refused": error.reason.value, "kind": error.kind}
+    except MemoryError:
+        shared.drop()
         return {"refused": Reason.OVER_LIMIT.value, "kind": ""}
 
 

@@ -23,7 +23,11 @@ from fedward_client.dicom.elements import UNDEFINED_LENGTH
 from fedward_client.dicom.parser import ParsedFile, inflate
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.rle import unpack_bits
-from fedward_client.dicom.syntaxes import DEFLATED_IMAGE_FRAME, NATIVE_SYNTAXES
+from fedward_client.dicom.syntaxes import (
+    DEFLATED_IMAGE_FRAME,
+    ENCAPSULATED_UNCOMPRESSED,
+    NATIVE_SYNTAXES,
+)
 
 MAX_FRAME_PIXELS = 2**26
 
@@ -196,5 +200,6 @@ def _decode_jpeg_ls(coded: bytes) -> object:
 _DECODERS: dict[str, Callable[[bytes, int, int, int], Stored]] = {
     uid.RLELossless: _rle,
     DEFLATED_IMAGE_FRAME: _deflated,
+    ENCAPSULATED_UNCOMPRESSED: _from_bytes,
     **{syntax: _codestream(marker) for syntax, marker in _JPEG_MARKERS.items()},
 }

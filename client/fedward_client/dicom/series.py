@@ -1,16 +1,16 @@
 """Decide which volumes the slices of a series are, or by which name they are refused (hop 2).
 
-Headers only. File names never count, and InstanceNumber only where positions repeat. In this order:
-files given twice, localizers, mosaics, slices without a place, mixed orientations, mixed grids, repeated
-positions, and then the geometry of each volume (`geometry.py`). A slice that is left out is named with
-its reason; a volume comes out only when every decision on the way was certain.
+Headers only. File names never count, and InstanceNumber only where positions repeat. In this order: files
+given twice, localizers, mosaics, slices without a place, mixed orientations, kinds and grids, repeated
+positions, then the geometry of each volume (`geometry.py`). A slice that is left out is named with its
+reason; a volume comes out only when every decision on the way was certain.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations, pairwise
 
@@ -32,6 +32,7 @@ from fedward_client.dicom.geometry import (
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.repeat_order import Label, Places
 from fedward_client.dicom.repeats import Part, split_repeats
+from fedward_client.dicom.series_kinds import divide_kinds, refuse_cut_concatenations, refuse_other_frames
 from fedward_client.dicom.slice_facts import Content, SliceFacts, read_slice_facts, slice_facts
 
 __all__ = [
@@ -131,6 +132,7 @@ def group_series(slices: Sequence[SliceFacts]) -> SeriesVerdict:
     kept = _drop_twice(sorted(slices, key=_order), dropped)
     volumes: list[VolumeGeometry] = []
     try:
+        refuse_cut_concatenations(kept)
         for stack in _stacks(_placed(_drop_localizers(kept, dropped), dropped), dropped):
             volumes += _volumes_of(stack, dropped)
     except UnusableImageError as error:
@@ -185,8 +187,6 @@ def _placed(slices: Sequence[SliceFacts], dropped: list[Dropped]) -> list[_Place
     if nowhere and (not found or any(_kind(each) in kinds for each in nowhere)):
         raise UnusableImageError(Reason.NO_POSITION)
     dropped += _all(nowhere, Reason.NO_POSITION)
-    if len({place.facts.frame_of_reference for place in found}) > 1:
-        raise UnusableImageError(Reason.MIXED_SERIES)
     return found
 
 
@@ -215,6 +215,7 @@ def _stacks(placed: Sequence[_Placed], dropped: list[Dropped]) -> list[list[_Pla
             raise UnusableImageError(Reason.MIXED_ORIENTATION)
         dropped += _all([each.facts for stack in single for each in stack], Reason.LOCALIZER)
         stacks = full
+    refuse_other_frames([each.facts for stack in stacks for each in stack])
     if any(_torn(one, other) for one, other in combinations(stacks, 2)):
         raise UnusableImageError(Reason.MIXED_ORIENTATION)
     return stacks
@@ -266,6 +267,22 @@ def _angle(one: _Placed, other: _Placed) -> float:
 
 def _volumes_of(stack: Sequence[_Placed], dropped: list[Dropped]) -> list[VolumeGeometry]:
     """Volumes of parallel slices; what is refused is named slice by slice, other stacks go on."""
+    positions = np.array([each.facts.position for each in stack], np.float64)
+    places = places_of(positions, stack[0].normal)
+    try:
+        kinds, few = divide_kinds([each.facts for each in stack], places, positions @ stack[0].normal)
+    except UnusableImageError as error:
+        dropped += _all([each.facts for each in stack], error.reason)
+        return []
+    dropped += _all([stack[number].facts for number in few], Reason.MIXED_SERIES)
+    return [
+        volume
+        for label, numbers in kinds
+        for volume in _of_one_kind([stack[number] for number in numbers], label, dropped)
+    ]
+
+
+def _of_one_kind(stack: Sequence[_Placed], label: Label, dropped: list[Dropped]) -> list[VolumeGeometry]:
     facts = [each.facts for each in stack]
     positions = np.array([each.position for each in facts], np.float64)
     try:
@@ -278,7 +295,7 @@ def _volumes_of(stack: Sequence[_Placed], dropped: list[Dropped]) -> list[Volume
     volumes = []
     for part in split.parts:
         try:
-            volumes.append(_volume(facts, positions, plane, part))
+            volumes.append(_volume(facts, positions, plane, replace(part, label=label + part.label)))
         except UnusableImageError as error:
             copies = [copy for _, copy in part.copies]
             dropped += _all([facts[member] for member in (*part.members, *copies)], error.reason)

@@ -2,7 +2,8 @@
 
 A fresh page costs the system more than a decoder takes to fill it, so each decoder process keeps a few
 pieces of memory and the site maps each of them once. The site says with every request which piece is
-free; the answer's array lies in it and is copied, or lent until nobody holds a view of it any more.
+free; the answer's arrays lie in it, one behind the other, and are copied, or lent until nobody holds a
+view of any of them any more.
 
 The decoder may have been taken over by an image. A piece is mapped only when its size is sealed, and an
 array is made only within it. What the decoder can still do is change the values of an array that is
@@ -29,51 +30,80 @@ MEMORIES = DEPTH + 3
 _KEPT_BYTES = 12 * 2**20
 """The largest piece that is used again; a radiograph of 1760 x 1760 fits."""
 
+PIECE_BYTES = 4 * 2**20
+"""The smallest piece: four CT slices. More would not stay in the processor's cache on their way."""
+
+_ALIGNMENT = 64
+
 _DTYPES = ("float32", "uint8", "int8", "uint16", "int16", "uint32", "int32")
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1, 2, 4
+SEALS = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL
+"""Memory that can no longer change its size, so that reading it is no crash."""
 
 
 class SharedArray:
-    """One piece, on the decoder's side; it holds one array at a time.
+    """One piece, on the decoder's side; it holds the arrays of one request.
 
     Args:
         make_room: called before memory is made that will not be kept.
 
     Attributes:
         file: of the piece, -1 while there is none.
-        holds_array: since the last `release`.
+        is_full: the file at hand asked for more than there is beside the arrays of others. It is for
+            another request, whatever its decoder makes of the `MemoryError`.
     """
 
     def __init__(self, make_room: Callable[[], None] = lambda: None) -> None:
         self.file = -1
-        self.holds_array = False
+        self.is_full = False
         self._make_room = make_room
         self._is_new = False
         self._size = 0
+        self._kept = self._start = self._end = 0  # bytes; of files that are done, and of the one at hand
         self._map: mmap.mmap | None = None
 
+    @property
+    def holds_array(self) -> bool:
+        """Whether there is one since the last `release`."""
+        return self._end > 0
+
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Make the array; `numpy.empty`'s signature, for `decode_frames`.
+        """Make the array of the file at hand; `numpy.empty`'s signature, for `decode_frames`.
 
         Raises:
-            MemoryError: this process may not have so much.
+            MemoryError: this process may not have so much, or see `is_full`.
         """
         count = int(np.prod(shape, dtype=np.int64))
         size = count * dtype.itemsize
-        if self._map is None or size > self._size:
+        start = -(-self._kept // _ALIGNMENT) * _ALIGNMENT
+        if self._map is None or start + size > self._size:
+            if self._kept:
+                self.is_full = True
+                raise MemoryError
             self.close()
             if size > _KEPT_BYTES:
                 self._make_room()
-            self._make(size)
-        self.holds_array = True
+            self._make(max(size, PIECE_BYTES))
+        self._start, self._end = start, start + size
         assert self._map is not None
-        return np.frombuffer(self._map, dtype, count).reshape(shape)
+        return np.frombuffer(self._map, dtype, count, start).reshape(shape)
+
+    def keep(self) -> int:
+        """The file at hand is done: say where its array begins, and leave that alone."""
+        self._kept = self._end
+        return self._start
+
+    def drop(self) -> None:
+        """The file at hand is refused: its array may be written over."""
+        self._end = self._kept
+        if not self._kept:
+            self.release()
 
     def _make(self, size: int) -> None:
         self.file = os.memfd_create("pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.file, size)
-            fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
+            fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, SEALS)
             self._map = mmap.mmap(self.file, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError:  # the system says ENOMEM or EFBIG
             raise MemoryError from None
@@ -81,14 +111,15 @@ class SharedArray:
 
     def unsent(self) -> list[int]:
         """The file, once, when there is an array in memory that the site has not seen yet."""
-        if not (self.holds_array and self._is_new):
+        if not (self._kept and self._is_new):
             return []
         self._is_new = False
         return [self.file]
 
     def release(self) -> None:
-        """Be done with the array; memory for a large one is given back."""
-        self.holds_array = False
+        """Be done with the arrays; memory for a large one is given back."""
+        self._kept = self._start = self._end = 0
+        self.is_full = False
         if self._size > _KEPT_BYTES:
             self.close()
 
@@ -96,7 +127,8 @@ class SharedArray:
         """Give this side's memory back; arrays made of it keep theirs until they go."""
         if self.file >= 0:
             os.close(self.file)
-        self.file, self.holds_array, self._size, self._map = -1, False, 0, None
+        self.file, self._size, self._map = -1, 0, None
+        self._kept = self._start = self._end = 0
 
 
 class Memories:
@@ -105,14 +137,14 @@ class Memories:
     def __init__(self) -> None:
         self._maps: list[mmap.mmap | None] = [None] * MEMORIES
         self._free = list(range(MEMORIES))  # the last one is in the processor's cache
-        self._lent: set[int] = set()
+        self._lent: dict[int, NDArray[np.uint8] | None] = {}  # all of a piece while answers are read from it
         self._num_reserved = 0
 
     def reserve(self) -> int:
         """Take a free piece for a request, of which there are at most `DEPTH`."""
         number = self._free.pop()
         self._num_reserved += 1
-        self._lent.discard(number)
+        self._lent.pop(number, None)
         return number
 
     def renew(self, number: int, file: int) -> None:
@@ -131,15 +163,18 @@ class Memories:
         except (OSError, ValueError):
             raise WireError from None
 
-    def array(self, number: int, shape: Sequence[int], dtype: str, *, lend: bool) -> NDArray[Any]:
-        """Copy or lend the array that an answer has in a piece.
+    def array(
+        self, number: int, shape: Sequence[int], dtype: str, start: int = 0, *, lend: bool
+    ) -> NDArray[Any]:
+        """Copy or lend an array that an answer has in a piece.
 
         Args:
             number: of the piece, reserved.
             shape: as announced.
             dtype: as announced.
-            lend: the piece stays taken until all views of the array are gone. When few are left it is
-                copied all the same.
+            start: its first byte, as announced.
+            lend: the piece stays taken until all views of its arrays are gone. When few pieces are left
+                the array is copied all the same.
 
         Raises:
             WireError: there cannot be such an array in it.
@@ -149,21 +184,27 @@ class Memories:
             raise WireError
         sides = [int(side) for side in shape]
         size = int(np.prod(sides, dtype=object)) * np.dtype(dtype).itemsize
-        if mapped is None or len(mapped) < size:
+        if not isinstance(start, int) or start < 0 or start % _ALIGNMENT:
+            raise WireError
+        if mapped is None or len(mapped) < start + size:
             raise WireError
         if len(mapped) > _KEPT_BYTES:  # the decoder does not keep it either
             self._maps[number] = None
-        held = np.frombuffer(mapped, np.uint8, size)
-        values = held.view(dtype).reshape(sides)
-        if not lend or len(self._free) + self._num_reserved <= DEPTH:
-            return values.copy()
-        self._lent.add(number)
-        # Views of views hold on to `held` as well. The list outlives this object if it must.
-        weakref.finalize(held, self._free.append, number).atexit = False
+        held = self._lent.get(number)
+        whole = np.frombuffer(mapped, np.uint8) if held is None else held
+        values = whole[start : start + size].view(dtype).reshape(sides)
+        if held is None:
+            if not lend or len(self._free) + self._num_reserved <= DEPTH:
+                return values.copy()
+            self._lent[number] = whole
+            # Views of views hold on to `whole` as well. The list outlives this object if it must.
+            weakref.finalize(whole, self._free.append, number).atexit = False
         return values
 
     def settle(self, number: int) -> None:
         """The request has its answer: its piece is free again, unless it was lent."""
         self._num_reserved -= 1
-        if number not in self._lent:
+        if number in self._lent:
+            self._lent[number] = None
+        else:
             self._free.append(number)

@@ -16,6 +16,7 @@ from fedward_client.dicom.header import Header, header_of
 from fedward_client.dicom.mosaic import Mosaic, find_mosaic
 from fedward_client.dicom.parser import contained, parse_file
 from fedward_client.dicom.refusal import Reason
+from fedward_client.dicom.values import integer_or_none, text_or_none
 
 Content = str
 """Names the bytes of one file, whatever the file is called: a digest."""
@@ -40,13 +41,16 @@ class SliceFacts:
         gantry_tilt: GantryDetectorTilt, degrees; nominal.
         stack: StackID of a frame.
         dimensions: DimensionIndexValues of a frame.
+        concatenation: ConcatenationUID of a multi-frame image that was sent in parts.
+        part: InConcatenationNumber, from 1.
+        num_parts: InConcatenationTotalNumber.
     """
 
     content: Content = field(repr=False)
     frame_index: int
     series: str = field(repr=False)
     study: str = field(repr=False)
-    modality: str
+    modality: str = field(repr=False)
     rows: int
     columns: int
     position: tuple[float, ...] | None = None
@@ -67,11 +71,15 @@ class SliceFacts:
     gantry_tilt: float | None = None
     stack: str = field(default="", repr=False)
     dimensions: tuple[int, ...] = ()
+    concatenation: str = field(default="", repr=False)
+    part: int | None = None
+    num_parts: int | None = None
 
 
 def has_more_to_say(header: Header) -> bool:
     """Whether the header alone does not place the slices: several frames, functional groups, a mosaic."""
-    return header.num_frames > 1 or header.position is None or "MOSAIC" in header.image_type
+    within = header.is_grid or "MOSAIC" in header.image_type
+    return header.num_frames > 1 or header.position is None or within
 
 
 def read_slice_facts(data: bytes, content: Content) -> tuple[SliceFacts, ...]:
@@ -92,7 +100,12 @@ def read_slice_facts(data: bytes, content: Content) -> tuple[SliceFacts, ...]:
             return (slice_facts(header, content),)
         frames = frame_facts(parsed.elements, header)
         mosaic = find_mosaic(parsed.elements, header, frames)
-        common = slice_facts(header, content)
+        common = replace(
+            slice_facts(header, content),
+            concatenation=text_or_none(parsed.elements, "ConcatenationUID"),
+            part=integer_or_none(parsed.elements, "InConcatenationNumber"),
+            num_parts=integer_or_none(parsed.elements, "InConcatenationTotalNumber"),
+        )
         if mosaic is not None:
             return _tiles(common, mosaic, frames)
         return tuple(_of_frame(common, frames, index) for index in range(frames.num_frames))

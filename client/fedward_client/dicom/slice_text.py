@@ -136,10 +136,14 @@ def _or_none(of: Callable[[object], Any]) -> Callable[[object], Any]:
 
 _FORMS: Mapping[str, Callable[[object], Any]] = {
     **dict.fromkeys(("frame_index", "rows", "columns"), _integer),
-    **dict.fromkeys(("acquisition_time", "frame_of_reference", "stack"), _text),
+    **dict.fromkeys(("acquisition_time", "frame_of_reference", "stack", "concatenation"), _text),
     **dict.fromkeys(("position", "orientation", "pixel_spacing"), _or_none(_values(_real))),
     **dict.fromkeys(
-        ("instance_number", "acquisition_number", "temporal_position", "echo"), _or_none(_integer)
+        (
+            *("instance_number", "acquisition_number", "temporal_position", "echo"),
+            *("part", "num_parts"),
+        ),
+        _or_none(_integer),
     ),
     **dict.fromkeys(
         (

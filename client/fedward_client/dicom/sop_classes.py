@@ -14,6 +14,10 @@ RADIOGRAPHS: dict[str, str] = {
     uid.DigitalXRayImageStorageForPresentation: "DX",
 }
 
+# Archives are full of them; pydicom has no names for them.
+RETIRED_ULTRASOUND = ("1.2.840.10008.5.1.4.1.1.6", "1.2.840.10008.5.1.4.1.1.3")
+_RETIRED_NUCLEAR_MEDICINE = "1.2.840.10008.5.1.4.1.1.5"
+
 IMAGE_SOP_CLASSES: dict[str, frozenset[str]] = {
     sop_class: frozenset(modalities.split())
     for sop_class, modalities in {
@@ -38,8 +42,10 @@ IMAGE_SOP_CLASSES: dict[str, frozenset[str]] = {
         uid.EnhancedPETImageStorage: "PT",
         uid.LegacyConvertedEnhancedPETImageStorage: "PT",
         uid.NuclearMedicineImageStorage: "NM",
+        _RETIRED_NUCLEAR_MEDICINE: "NM",
         uid.UltrasoundImageStorage: "US IVUS",
         uid.UltrasoundMultiFrameImageStorage: "US IVUS",
+        **dict.fromkeys(RETIRED_ULTRASOUND, "US IVUS"),
         uid.EnhancedUSVolumeStorage: "US IVUS",
         uid.XRayAngiographicImageStorage: "XA",
         uid.EnhancedXAImageStorage: "XA",
@@ -47,6 +53,7 @@ IMAGE_SOP_CLASSES: dict[str, frozenset[str]] = {
         uid.EnhancedXRFImageStorage: "RF",
         uid.XRay3DAngiographicImageStorage: "XA",
         uid.XRay3DCraniofacialImageStorage: "DX CT",
+        uid.ParametricMapStorage: "OT MR CT PT NM US",
         uid.RTImageStorage: "RTIMAGE",
         uid.OphthalmicPhotography8BitImageStorage: "OP",
         uid.OphthalmicPhotography16BitImageStorage: "OP",

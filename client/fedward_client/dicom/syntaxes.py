@@ -16,6 +16,9 @@ from pydicom.pixels.decoders.base import get_decoder
 DEFLATED_IMAGE_FRAME = "1.2.840.10008.1.2.8.1"
 """Each frame deflated by itself (PS3.5 A.4.13); pydicom 3.0 has no name for it."""
 
+ENCAPSULATED_UNCOMPRESSED = "1.2.840.10008.1.2.1.98"
+"""Each frame as it is in fragments, which hold more than 4 GB (PS3.5 A.4.11)."""
+
 NATIVE_SYNTAXES = frozenset(
     {
         uid.ImplicitVRLittleEndian,
@@ -39,8 +42,9 @@ PLUGIN_OF_SYNTAX: dict[str, str] = {
     uid.HTJ2KLosslessRPCL: "pylibjpeg",
     uid.HTJ2K: "pylibjpeg",
     DEFLATED_IMAGE_FRAME: "zlib",
+    ENCAPSULATED_UNCOMPRESSED: "numpy",
 }
-"""Compressed syntax -> pydicom's name of the plugin; "imagecodecs" and "zlib" are called directly."""
+"""Syntax with fragments -> pydicom's name of the plugin, or the package that is called directly."""
 
 LOSSY_SYNTAXES = frozenset(
     {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K}
@@ -56,7 +60,7 @@ def is_permitted(transfer_syntax: str) -> bool:
 def can_decode(transfer_syntax: str) -> bool:
     """Whether the one plugin that is pinned for this syntax is installed."""
     plugin = PLUGIN_OF_SYNTAX.get(transfer_syntax)
-    if plugin is None or plugin == "zlib":
+    if plugin in (None, "zlib", "numpy"):
         return True
     if plugin == "imagecodecs":
         return find_spec("imagecodecs") is not None

@@ -146,6 +146,8 @@ def tagged_numbers(elements: Elements, tag: int, vr: bytes) -> tuple[float, ...]
         if len(value) > 32 * _MAX_NUMBERS:
             raise ValueError
         parts = value.decode("ascii").strip(" \0")
+        if "_" in parts:  # Python reads 1_0 as ten
+            raise ValueError
         found = tuple([float(part) for part in parts.split("\\")]) if parts else ()
     if not all(map(math.isfinite, found)):
         raise ValueError

@@ -19,7 +19,7 @@ from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.series import VolumeGeometry
 from fedward_client.dicom.slice_facts import Content, SliceFacts
 
-VOLUME_VERSION = 1
+VOLUME_VERSION = 2
 """Part of the key of anything cached: it grows when the same files would give other values."""
 
 Image = NDArray[np.float32]

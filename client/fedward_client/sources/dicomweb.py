@@ -9,8 +9,10 @@ Source: DICOM PS3.18 8.6 (media types), 10.4 (retrieve), 10.6 (search).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from dicomweb_client.uri import URI
@@ -25,6 +27,7 @@ from fedward_client.sources.settings import DicomwebConfig, Selection
 from fedward_client.sources.web_session import AnswerError, PacsSession
 
 _PAGE = 500
+_SPARE_PARTS = 16
 _STORED_AS_IS = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
 _NUM_STUDY_SERIES, _NUM_STUDY_INSTANCES, _NUM_SERIES_INSTANCES = "00201206", "00201208", "00201209"
 _STUDY, _SERIES, _INSTANCE, _SOP_CLASS = "0020000D", "0020000E", "00080018", "00080016"
@@ -90,10 +93,11 @@ class DicomwebArchive:
 
     def retrieve_series(self, series: Series, listed: list[Listed], arrival: Arrival) -> None:
         """Read a whole series in one answer; what is too large or odd is left to `retrieve_instance`."""
-        del listed
-        for part in self._parts(URI(self._url, series.study, series.uid)):
-            if part.content is not None and part.is_whole:
-                self._keep(part.content, arrival)
+        most = 2 * len(listed) + _SPARE_PARTS  # or an answer without end would never be over
+        with closing(self._parts(URI(self._url, series.study, series.uid))) as parts:
+            for part in islice(parts, most):
+                if part.content is not None and part.is_whole:
+                    self._keep(part.content, arrival)
 
     def retrieve_instance(self, series: Series, listed: Listed, arrival: Arrival) -> None:
         """Read one instance, and account for it when it cannot be kept."""
@@ -115,7 +119,7 @@ class DicomwebArchive:
             return Refusal.NOT_DICOM
         return arrival.keep(instance)
 
-    def _parts(self, uri: URI) -> Iterator[Part]:
+    def _parts(self, uri: URI) -> Generator[Part, None, None]:
         """Parts of an answer; none when the PACS has no such object, or not in this form."""
         try:
             with self._session.open(str(uri), dict(_STORED_AS_IS)) as answer:

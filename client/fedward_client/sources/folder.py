@@ -22,7 +22,7 @@ MAX_FILE_BYTES = 256 * 2**20
 _PIECE = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """One regular file under the root.
 
@@ -30,11 +30,14 @@ class Candidate:
         name: path relative to the root, as the operating system's bytes (it need not be UTF-8).
         size: bytes.
         mtime_ns: time of last change, nanoseconds since 1970.
+        placed_ns: when it came to lie here as it is, likewise: a copy may keep the time of its original,
+            but not this one. Says nothing about what the file holds, so two that differ in it are equal.
     """
 
     name: bytes = field(repr=False)
     size: int
     mtime_ns: int
+    placed_ns: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,31 +68,33 @@ def find_files(root: Path) -> Iterator[Candidate]:
     """
     try:
         base = os.fsencode(root.resolve(strict=True))
-        waiting = _entries(base, b"")
+        waiting = _entries(base)
     except OSError as error:
         raise CohortError(
             "the image folder cannot be listed",
             remedy="Check `dicom` or [source] in site.toml, that it is mounted, and its mode.",
         ) from error
+    start = len(base.rstrip(b"/")) + 1
     while waiting:  # not recursive: folders may be nested deeper than Python's stack
-        name = waiting.pop()
+        entry = waiting.pop()
         try:
-            status = os.lstat(os.path.join(base, name))  # noqa: PTH118 - names are bytes, not text
-            if stat.S_ISDIR(status.st_mode):
-                waiting += _entries(base, name)
+            if entry.is_dir(follow_symlinks=False):
+                waiting += _entries(entry.path)
+                continue
+            status = entry.stat(follow_symlinks=False)
         except FileNotFoundError:  # gone meanwhile
             continue
         except OSError:
-            yield Candidate(name, 0, 0)
+            yield Candidate(entry.path[start:], 0, 0)
             continue
         if stat.S_ISREG(status.st_mode):
-            yield Candidate(name, status.st_size, status.st_mtime_ns)
+            yield Candidate(entry.path[start:], status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _entries(base: bytes, folder: bytes) -> list[bytes]:
-    """Names in a folder, last first, each with the folder in front."""
-    names = os.listdir(os.path.join(base, folder))  # noqa: PTH118, PTH208
-    return [os.path.join(folder, name) for name in sorted(names, reverse=True)]  # noqa: PTH118
+def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:
+    """What a folder holds, by name, last first."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name, reverse=True)
 
 
 def read_content(root: Path, name: bytes) -> Content:

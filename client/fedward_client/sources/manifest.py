@@ -11,12 +11,13 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from fedward_client.sources.settings import spool_root
 from fedward_common.errors import StorageError
 
 MANIFEST_FILE = "manifest.sqlite"
@@ -30,6 +31,10 @@ CREATE TABLE IF NOT EXISTS instances (
 CREATE INDEX IF NOT EXISTS instances_by_content ON instances (content);
 CREATE TABLE IF NOT EXISTS studies (
     study TEXT PRIMARY KEY, num_instances INTEGER NOT NULL, selection TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS announced (series TEXT PRIMARY KEY, num_instances INTEGER NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS growing (
+    study TEXT PRIMARY KEY, num_instances INTEGER NOT NULL, since_s REAL NOT NULL
 ) STRICT;
 """
 
@@ -80,6 +85,19 @@ class Kept:
     content: str | None
     size: int
     refused: Refusal | None = None
+
+
+@dataclass(frozen=True)
+class Announcements:
+    """What an archive says there is to come.
+
+    Args:
+        num_instances: SeriesInstanceUID -> number of instances.
+        growing: StudyInstanceUID of those whose number was still rising, or may have been.
+    """
+
+    num_instances: Mapping[str, int] = field(default_factory=dict, repr=False)
+    growing: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 class Manifest:
@@ -159,6 +177,38 @@ class Manifest:
                 "INSERT OR REPLACE INTO studies VALUES (?, ?, ?)", [(study, num_instances, selection)]
             )
 
+    def announce(self, series: str, num_instances: int) -> None:
+        """Remember how many instances of a series there are to come, by the archive's own count."""
+        with self._lock, _translated():
+            self._write("INSERT OR REPLACE INTO announced VALUES (?, ?)", [(series, num_instances)])
+
+    def announced(self) -> dict[str, int]:
+        """Number of instances that the archive says each series has."""
+        with self._lock, _translated():
+            return dict(self._database.execute("SELECT series, num_instances FROM announced").fetchall())
+
+    def may_grow(self, study: str, num_instances: int, since_s: float) -> None:
+        """Remember a study whose number of instances may still rise.
+
+        Args:
+            study: its StudyInstanceUID.
+            num_instances: by the archive's count.
+            since_s: when it was found to have so many, seconds since 1970.
+        """
+        with self._lock, _translated():
+            self._write("INSERT OR REPLACE INTO growing VALUES (?, ?, ?)", [(study, num_instances, since_s)])
+
+    def growing(self) -> dict[str, tuple[int, float]]:
+        """Studies that may still grow: number of instances, and since when it is that many."""
+        with self._lock, _translated():
+            rows = self._database.execute("SELECT study, num_instances, since_s FROM growing").fetchall()
+        return {study: (num_instances, since_s) for study, num_instances, since_s in rows}
+
+    def grows_no_more(self, studies: Iterable[str]) -> None:
+        """Drop studies whose number of instances stayed the same for long enough."""
+        with self._lock, _translated():
+            self._write("DELETE FROM growing WHERE study = ?", [(study,) for study in studies])
+
     def keep_only(self, contents: set[bytes]) -> int:
         """Drop entries whose file is gone, and with them every claim to be complete; returns how many.
 
@@ -182,6 +232,22 @@ class Manifest:
         except BaseException:
             self._database.execute("ROLLBACK")
             raise
+
+
+def read_announcements(home: Path) -> Announcements:
+    """What the archive behind a site's spool announced; nothing where there is no spool.
+
+    Raises:
+        StorageError: the manifest cannot be read.
+    """
+    folder = spool_root(home).parent
+    if not (folder / MANIFEST_FILE).is_file():
+        return Announcements()
+    manifest = Manifest(folder)
+    try:
+        return Announcements(manifest.announced(), frozenset(manifest.growing()))
+    finally:
+        manifest.close()
 
 
 @contextmanager

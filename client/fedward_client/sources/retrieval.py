@@ -29,6 +29,9 @@ Progress = Callable[[int, int], None]
 
 _MAX_SILENT_FAILURES = 3
 _MAX_WAIT_S = 120.0
+MAX_SETTLE_WAIT_S = 60.0
+"""Longer than this nobody is kept waiting for a second look: the next run is the second look."""
+
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -208,11 +211,22 @@ class Retrieval:
         spool: where to.
         selection: what of it.
         patience: with a PACS that is away.
+        settle_s: a study that has as many instances as it had so long ago is taken to be whole; 0 takes
+            it as it is found.
     """
 
-    def __init__(self, archive: Archive, spool: Spool, selection: Selection, patience: Patience) -> None:
+    def __init__(
+        self,
+        archive: Archive,
+        spool: Spool,
+        selection: Selection,
+        patience: Patience,
+        *,
+        settle_s: float = 0.0,
+    ) -> None:
         self._archive, self._spool, self._selection, self._patience = archive, spool, selection, patience
-        self._missing: Counter[Refusal] = Counter()
+        self._settle_s = settle_s
+        self._missing: dict[str, Refusal] = {}
         self._num_studies = self._num_instances = self._num_new = self._num_bytes = 0
         self._silent_failures = 0
 
@@ -239,12 +253,14 @@ class Retrieval:
             try:
                 self._fetch_all(full, progress)
             except PacsAwayError as error:
+                if not self._num_new:
+                    raise
                 raise PacsAwayError(
                     f"{error.message}; {self._num_new} new instances of {self._num_studies} studies are kept",
                     remedy=f"{error.remedy} The next run fetches only what is missing.",
                 ) from None
             finally:
-                num_missing = sum(self._missing.values())
+                num_missing = len(self._missing)
                 if self._num_new or num_missing:
                     _log.info(
                         "source_retrieved",
@@ -256,11 +272,15 @@ class Retrieval:
                         },
                     )
         return Retrieved(
-            self._num_studies, self._num_instances, self._num_new, self._num_bytes, dict(self._missing)
+            self._num_studies,
+            self._num_instances,
+            self._num_new,
+            self._num_bytes,
+            dict(Counter(self._missing.values())),
         )
 
     def _fetch_all(self, full: bool, progress: Progress | None) -> None:
-        studies = {study.uid: study for study in self._patience.run(self._list_studies)}
+        studies = self._look()
         for number, study in enumerate(studies.values(), start=1):
             self._num_studies += 1
             known = study.num_instances
@@ -268,28 +288,61 @@ class Retrieval:
                 self._fetch_study(study)
             if progress is not None:
                 progress(number, len(studies))
+        self._look_again(studies)
 
-    def _list_studies(self) -> list[Study]:
-        return list(self._archive.studies(self._selection))
+    def _look(self) -> dict[str, Study]:
+        """List the studies, and let those settle that have not grown for long enough."""
+        listed = self._patience.run(lambda: list(self._archive.studies(self._selection)))
+        studies = {study.uid: study for study in listed}
+        growing, now_s = self._spool.manifest.growing(), time.time()
+        self._spool.manifest.grows_no_more(
+            [
+                uid
+                for uid, (num_instances, since_s) in growing.items()
+                if uid in studies
+                and studies[uid].num_instances == num_instances
+                and abs(now_s - since_s) >= self._settle_s
+            ]
+        )
+        return studies
+
+    def _look_again(self, studies: Mapping[str, Study]) -> None:
+        """See which studies grew while they were fetched: a PACS may be receiving them itself.
+
+        What it has by now is fetched too; whether that is all, the next run will tell.
+        """
+        since_s = [since_s for uid, (_, since_s) in self._spool.manifest.growing().items() if uid in studies]
+        if not since_s or not 0 < self._settle_s <= MAX_SETTLE_WAIT_S:
+            return
+        time.sleep(min(max(0.0, max(since_s) + self._settle_s - time.time()), self._settle_s))
+        for uid, study in self._look().items():
+            if uid in studies and studies[uid].num_instances != study.num_instances:
+                self._fetch_study(study)
 
     def _is_complete(self, study: str, num_instances: int) -> bool:
         return self._spool.manifest.is_complete(study, num_instances, self._selection.digest)
 
     def _fetch_study(self, study: Study) -> None:
-        num_missing, num_listed = sum(self._missing.values()), self._num_instances
+        num_listed, num_new = self._num_instances, self._num_new
+        may_have_grown = study.uid in self._spool.manifest.growing()
+        if self._settle_s and study.num_instances is not None:
+            self._spool.manifest.may_grow(study.uid, study.num_instances, time.time())
         listed = self._patience.run(lambda: self._archive.series(study))
         taken = [each for each in listed if self._selection.takes_series(each.modality, each.body_part)]
-        for series in taken:
-            self._fetch_series(series)
+        is_here = all([self._fetch_series(series) for series in taken])
+        if self._num_new == num_new and not may_have_grown:
+            self._spool.manifest.grows_no_more([study.uid])
         num_listed = self._num_instances - num_listed
         if study.num_instances is None or (len(taken) == len(listed) and num_listed < study.num_instances):
             return  # some of what it has was not listed: to be looked at again
-        if sum(self._missing.values()) == num_missing:
+        if is_here:
             self._spool.manifest.mark_complete(study.uid, study.num_instances, self._selection.digest)
 
-    def _fetch_series(self, series: Series) -> None:
+    def _fetch_series(self, series: Series) -> bool:
+        """Fetch what is new of one series; whether all that the PACS lists is here now."""
         listed = {each.uid: each for each in self._patience.run(lambda: self._archive.instances(series))}
         self._num_instances += len(listed)
+        self._spool.manifest.announce(series.uid, max(series.num_instances or 0, len(listed)))
         arrival = Arrival(self._spool, listed)
 
         def all_at_once() -> None:
@@ -301,7 +354,8 @@ class Retrieval:
             self._try(arrival, partial(self._archive.retrieve_instance, series, listed[uid], arrival))
         for uid in arrival.wanted:
             arrival.refused.setdefault(uid, Refusal.ABSENT)
-        self._missing.update(arrival.refused.values())
+        self._missing |= arrival.refused
+        return not arrival.refused
 
     def _try(self, arrival: Arrival, step: Callable[[], None]) -> None:
         """Have something sent, and take what comes of it, also when the PACS breaks off."""

@@ -176,7 +176,8 @@ class _Remote(BaseModel, frozen=True, extra="forbid"):
         first_wait_s: pause before the second attempt; it doubles with each.
         max_object_mb: larger instances are refused; the index would not read them either.
         spool_gb: what the spool may hold.
-        poll_s: how often the PACS is asked, or what it pushed is looked at, while it is watched.
+        poll_s: how often the PACS is asked while it is watched; or what it pushed is looked at, then every
+            30 s unless it is given.
     """
 
     tls: Tls | None = None

@@ -86,7 +86,7 @@ class Spool:
             _remove_abandoned(self.folder / _DRAFTS)
         self.manifest = Manifest(self.folder)
         self._lock = threading.Lock()
-        self._num_bytes: int | None = None  # counted when first needed: reading a spool should not list it
+        self._num_bytes: int | None = None  # known only while no other process can add to them
 
     @property
     def root(self) -> Path:
@@ -112,7 +112,11 @@ class Spool:
 
         Raises:
             StorageError: the spool or the disk is full, or cannot be written; nothing stays behind.
+            SpoolBusyError: another process is retrieving: only one at a time can know how full it is.
         """
+        if self._num_bytes is None:
+            with self.retrieving():
+                return self.add(instance)
         head = instance.head
         size = len(head) + len(instance.dataset)
         if size > self.max_object_bytes:
@@ -138,23 +142,24 @@ class Spool:
 
     @contextmanager
     def retrieving(self) -> Iterator[None]:
-        """Be the only process that retrieves into this spool, and begin with a true manifest.
+        """Be the only process that adds to this spool; begin with a true manifest and a true size.
 
         Raises:
             SpoolBusyError: another process is at it.
         """
         with alone_in(self.folder):
-            present = {os.path.basename(each.name) for each in find_files(self.root)}  # noqa: PTH119
-            self.manifest.keep_only(present)
+            found = list(find_files(self.root))
+            self.manifest.keep_only({os.path.basename(each.name) for each in found})  # noqa: PTH119
+            self._num_bytes = sum(each.size for each in found)
             try:
                 yield
             finally:
+                self._num_bytes = None
                 self.manifest.flush()
 
     def _reserve(self, num_bytes: int) -> None:
         with self._lock:
-            if self._num_bytes is None:
-                self._num_bytes = sum(each.size for each in find_files(self.root))
+            assert self._num_bytes is not None
             if num_bytes > 0 and self._num_bytes + num_bytes > self.max_bytes:
                 raise StorageError(
                     f"the spool is full: {self._num_bytes / 1e9:.1f} GB of {self.max_bytes / 1e9:.1f} GB",
