@@ -212,6 +212,14 @@ def test_links_pipes_and_folders_are_never_opened(decoders: DecodeSandbox, tmp_p
             decoders.decode_frames(root, name)
 
 
+def test_a_process_that_cannot_be_started_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", str(tmp_path / "no-python"))
+    with pytest.raises(CohortError, match="decodes images cannot be started"), DecodeSandbox():
+        pass
+
+
 def test_processes_are_limited_and_confined(decoders: DecodeSandbox) -> None:
     assert decoders.confined == {"files", "calls"}
     for pid in decoders.pids:

@@ -99,18 +99,21 @@ class DecoderProcess:
             os.ftruncate(byte, 1)
             fcntl.fcntl(byte, fcntl.F_ADD_SEALS, SEALS)
             self._at_hand = mmap.mmap(byte, 1)
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-B", "-m", module),
-                    *(str(theirs.fileno()), str(byte), str(memory_bytes), str(cpu_s)),
-                ],
-                pass_fds=[theirs.fileno(), byte],
-                env=own | threads,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=None,  # until it is ready; then what decoders print goes nowhere
-                start_new_session=True,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-P", "-B", "-m", module),
+                        *(str(theirs.fileno()), str(byte), str(memory_bytes), str(cpu_s)),
+                    ],
+                    pass_fds=[theirs.fileno(), byte],
+                    env=own | threads,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=None,  # until it is ready; then what decoders print goes nowhere
+                    start_new_session=True,
+                )
+            except OSError:
+                raise not_started() from None
             unless_started.pop_all()
         self._at_hand[0] = NO_FILE
         self.channel = ours
