@@ -65,10 +65,14 @@ class _Relay:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
+                far = socket.socket()
+                # What is under way when a PACS is killed still arrives; let that be little.
+                far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
                 try:
-                    far = socket.create_connection(("127.0.0.1", self._target))
+                    far.connect(("127.0.0.1", self._target))
                 except OSError:
                     near.close()
+                    far.close()
                     continue
                 self._ends += (near, far)
                 self._start(self._pump, near, far)

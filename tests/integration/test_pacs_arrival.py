@@ -138,7 +138,7 @@ def test_a_study_that_the_pacs_itself_is_still_receiving_is_no_shorter_volume(
 
 
 def test_a_series_that_broke_off_half_way_is_no_shorter_volume(hospital: Hospital, tmp_path: Path) -> None:
-    study = a_study(40, rows=256)
+    study = a_study(40, rows=512)  # 21 MB; a dead process's socket still delivers 4
     hospital.orthanc.add(study)
     config = hospital.config("dicomweb", url=f"http://127.0.0.1:{RELAY_PORT}/dicom-web")
     site = a_site(tmp_path / "home", config, [study])
