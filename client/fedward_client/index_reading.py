@@ -8,11 +8,11 @@ rebuilds it field by field (`found_from`), for a file may have taken the sandbox
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import lru_cache
+from operator import attrgetter, contains
 from typing import Any
 
 from fedward_client.dicom.gate_facts import Box, GateFacts, gate_facts
@@ -22,12 +22,15 @@ from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.slice_facts import has_more_to_say, read_slice_facts, slice_facts
 from fedward_client.dicom.slice_text import slices_to_text
 from fedward_client.dicom.sop_classes import RADIOGRAPHS
-from fedward_client.index_records import ContentRecord, Found
+from fedward_client.index_records import INTEGERS, REALS, ContentRecord, Found
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _MAX_TEXT = 1024
 """Of a value in the header; a longer one is no longer a description, and the index has to stay small."""
+
+_MAX_KEPT_TEXT = 8 * _MAX_TEXT
+"""The same with what `backslashreplace` makes of it."""
 
 
 def examine(data: bytes | None, content: str) -> Found:
@@ -173,6 +176,8 @@ _SIGNS: Mapping[str, Callable[[object], bool]] = {
 
 
 _KINDS = tuple(frozenset({type(None), *ContentRecord.kinds(name)}) for name in ContentRecord._fields)
+_INTEGERS, _REALS = attrgetter(*sorted(INTEGERS)), attrgetter(*sorted(REALS))
+_TEXTS = attrgetter(*sorted(set(ContentRecord._fields) - INTEGERS - REALS))
 
 
 def found_message(found: Found) -> list[Any]:
@@ -180,17 +185,23 @@ def found_message(found: Found) -> list[Any]:
     return [list(found.record), found.signs, found.slices]
 
 
-def _can_be_kept(value: object) -> bool:
-    """Whether SQLite takes it: whole numbers of 64 bits, finite ones, and text without lone surrogates."""
-    if isinstance(value, str):
-        return value.isascii() or _SURROGATE.search(value) is None
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return not isinstance(value, int) or -(2**63) <= value < 2**63
+def _can_be_kept(record: ContentRecord, signs: str | None, slices: str | None) -> bool:
+    """Whether SQLite takes it: whole numbers of 64 bits, finite ones, and short text without lone surrogates.
 
-
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, str) else 0
+    Asked for every file of a folder: so for all texts of a record at once.
+    """
+    texts = [text for text in _TEXTS(record) if text]
+    together = "".join(texts)
+    if len(together) > _MAX_KEPT_TEXT and max(map(len, texts)) > _MAX_KEPT_TEXT:
+        return False
+    integers = [number for number in _INTEGERS(record) if number is not None]
+    if integers and not -(2**63) <= min(integers) <= max(integers) < 2**63:
+        return False
+    reals = [number for number in _REALS(record) if number is not None]
+    if not all(abs(number) < (float("inf") if type(number) is float else 2**63) for number in reals):
+        return False
+    written = (together, signs or "", slices or "")
+    return all(text.isascii() or not _SURROGATE.search(text) for text in written)
 
 
 def found_from(message: Any, known_kind: Callable[[Any], str]) -> Found:
@@ -211,11 +222,11 @@ def found_from(message: Any, known_kind: Callable[[Any], str]) -> Found:
     for reason in (record.reason, record.radiograph_reason):
         if reason is not None:
             Reason(reason)
-    if not all(type(value) in kinds for value, kinds in zip(record, _KINDS, strict=True)):
-        raise ValueError("not news about a content")
-    if not all(map(_can_be_kept, (*record, signs, slices))) or max(map(_length, record)) > 8 * _MAX_TEXT:
+    if not all(map(contains, _KINDS, map(type, record))):
         raise ValueError("not news about a content")
     if not all(text is None or isinstance(text, str) for text in (signs, slices)):
+        raise ValueError("not news about a content")
+    if not _can_be_kept(record, signs, slices):
         raise ValueError("not news about a content")
     if signs is not None:
         facts_from(signs)

@@ -191,3 +191,35 @@ def test_a_header_with_any_bytes_changed_gives_news_that_come_through(draw: st.D
 
 
 DAMAGED = files_of(a_series(a_truth(num_slices=1)))[0][:2000]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"row_mm": 10**30},
+        {"row_mm": float("inf")},
+        {"column_mm": float("nan")},
+        {"rows": 2**63},
+        {"rows": -(2**63) - 1},
+        {"rows": True},
+        {"patient": 3},
+        {"patient": "\ud800"},
+        {"patient": "x" * 8193},
+        {"signs": "\udc00"},
+        {"slices": "\udc00"},
+    ],
+    ids=str,
+)
+def test_what_the_index_cannot_hold_is_no_news(values: dict[str, Any]) -> None:
+    news = {"signs": None, "slices": None} | values
+    signs, slices = news.pop("signs"), news.pop("slices")
+    with pytest.raises(ValueError, match="not news about a content"):
+        found_from([list(ContentRecord(None)._replace(**news)), signs, slices], str)
+
+
+@pytest.mark.parametrize(
+    "values", [{"row_mm": 1e300}, {"rows": -(2**63)}, {"patient": "x" * 8192}, {"patient": "\U0001f600"}]
+)
+def test_what_the_index_can_hold_is_news(values: dict[str, Any]) -> None:
+    record = ContentRecord(None)._replace(**values)
+    assert found_from([list(record), None, None], str).record == record
