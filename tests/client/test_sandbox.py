@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import hashlib
 import json
@@ -212,6 +213,33 @@ def test_links_pipes_and_folders_are_never_opened(decoders: DecodeSandbox, tmp_p
             decoders.decode_frames(root, name)
 
 
+def test_files_that_others_have_under_way_cost_no_image(tmp_path: Path) -> None:
+    put(tmp_path, ct=a_dicom(NOISE, **CT))
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Path(os.devnull).open("rb") as file:
+        for _ in range(4):
+            socket.send_fds(ours, [b"x"], [file.fileno()] * 50)
+        with DecodeSandbox() as sandbox:
+            assert sandbox.decode_frames(tmp_path, b"ct").values.shape == (1, 64, 48)
+
+
+def test_a_crowd_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    crowded, send_fds = iter((True, True, False)), socket.send_fds
+
+    def sometimes(*given: Any) -> int:
+        if next(crowded):
+            raise OSError(errno.ETOOMANYREFS, "crowded")
+        return send_fds(*given)
+
+    monkeypatch.setattr(socket, "send_fds", sometimes)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Path(os.devnull).open("rb") as file:
+        send(ours, {"a": 1}, [file.fileno()])
+        message, files = receive(theirs)
+    os.close(files[0])
+    assert message == {"a": 1}
+
+
 def test_processes_are_limited_and_confined(decoders: DecodeSandbox) -> None:
     assert decoders.confined == {"files", "calls"}
     for pid in decoders.pids:
@@ -221,7 +249,7 @@ def test_processes_are_limited_and_confined(decoders: DecodeSandbox) -> None:
         }
         assert limit["AS"][0] == limit["AS"][1] < 1024 * 2**20
         assert limit["FSIZE"] == (512 * 2**20, 512 * 2**20)
-        assert limit["NOFILE"] == (48, 48)
+        assert limit["NOFILE"] == (4096, 4096)
         assert limit["CORE"] == (0, 0)
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
         status = dict(line.split(":", 1) for line in lines)
@@ -830,13 +858,30 @@ def test_a_kind_that_is_no_name_of_the_dictionary_is_not_shown(
     assert (caught.value.reason, caught.value.kind) == (Reason.SOP_CLASS, "")
 
 
-def test_a_silent_process_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_process_is_given_up_and_its_image_goes_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (file,) = put(tmp_path, ct=a_dicom(NOISE, **CT))
-    monkeypatch.setattr(module, "_WALL_S", 0.3)
+    monkeypatch.setattr(module, "_WALL_S", 3.0)
     with DecodeSandbox() as sandbox:
         os.kill(sandbox.pids[0], signal.SIGSTOP)
-        with pytest.raises(UnusableImageError) as caught:
-            sandbox.decode_frames(file.root, file.name)
+        assert sandbox.decode_frames(file.root, file.name).values.shape == (1, 64, 48)
+
+
+def test_an_image_over_which_every_process_is_silent_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(DecoderProcess):
+        def await_ready(self, answer_s: float) -> frozenset[str]:
+            confined = super().await_ready(answer_s)
+            os.kill(self.pid, signal.SIGSTOP)
+            return confined
+
+    (file,) = put(tmp_path, ct=a_dicom(NOISE, **CT))
+    monkeypatch.setattr(module, "_WALL_S", 0.3)
+    monkeypatch.setattr(module, "DecoderProcess", Silent)
+    with DecodeSandbox() as sandbox, pytest.raises(UnusableImageError) as caught:
+        sandbox.decode_frames(file.root, file.name)
 
     assert caught.value.reason == Reason.OVER_LIMIT
 

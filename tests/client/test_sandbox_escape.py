@@ -78,7 +78,7 @@ ATTACKS = {
     "watch files": "call(294, 0)",
     "take more memory": "bytearray(2**30)",
     "raise its limit on memory": "resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); bytearray(2**30)",
-    "open many files": "[os.dup(0) for _ in range(200)]",
+    "open many files": "[os.dup(0) for _ in range(5000)]",
     "write large files": "os.ftruncate(os.memfd_create('x'), 2**31)",
     "leave a core": "resource.setrlimit(resource.RLIMIT_CORE, (-1, -1))",
 }

@@ -235,12 +235,14 @@ class DecodeSandbox:
         self._admit(DecoderProcess(*self._limits))
         at_hand = process.file_at_hand
         for number, task in enumerate(process.tasks):
-            at_fault = blame and task.sent and number == 0
-            known = 0 if len(task.waiting) == 1 else at_hand
+            at_fault, is_alone = blame and task.sent and number == 0, len(task.waiting) == 1
+            if at_fault and is_alone and at_hand is None:  # it may have died of something else
+                task.num_deaths += 1
+            known = 0 if is_alone and task.num_deaths > 1 else at_hand
             if at_fault and known is not None:
                 task.outcomes[task.waiting[known]] = UnusableImageError(Reason.OVER_LIMIT)
             task.waiting.clear()
-            if at_fault and known is None:  # one of several: each by itself, to see which
+            if at_fault and known is None and not is_alone:  # one of several: each by itself, to see which
                 self._split(task)
             elif task.missing:
                 self._submit(task)

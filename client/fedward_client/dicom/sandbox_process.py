@@ -67,6 +67,7 @@ class Task:
     outcomes: list[Outcome | None] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)  # places in `files` that are asked for, not answered
     sent: bool = False
+    num_deaths: int = 0  # of processes that were asked about its only file left and named none
     memory: int = -1  # piece of its process's memory for the answer
 
     def __post_init__(self) -> None:

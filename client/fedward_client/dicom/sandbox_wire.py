@@ -7,6 +7,7 @@ Pixels take another way: `shared_pixels.py`.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -33,6 +34,7 @@ MAX_FILES = 64
 NO_FILE = 255
 """Said by a decoder process of the file at hand, by its place in the request: there is none."""
 
+_CROWDED_S = 30.0
 _MAX_MESSAGE = 64 * 2**20
 _UNCOUNTED = 2**20
 _MAX_CONTAINERS, _MAX_VALUES = 2**21, 2**22
@@ -53,9 +55,24 @@ def send(channel: socket.socket, message: object, files: Sequence[int] = ()) -> 
     """Send one message and open files, which stay open here."""
     payload = _JSON.encode(message).encode("ascii")
     parts = _LENGTH.pack(len(payload)) + payload
-    sent = socket.send_fds(channel, [parts], list(files)) if files else 0
+    sent = _send_with_files(channel, parts, files) if files else 0
     if sent < len(parts):
         channel.sendall(memoryview(parts)[sent:])
+
+
+def _send_with_files(channel: socket.socket, parts: bytes, files: Sequence[int]) -> int:
+    """Send as much as goes at once, with the files.
+
+    The system limits what all processes of a user together have under way; others take theirs in a moment.
+    """
+    until = time.monotonic() + _CROWDED_S
+    while True:
+        try:
+            return socket.send_fds(channel, [parts], list(files))
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS or time.monotonic() > until:
+                raise
+            time.sleep(0.002)
 
 
 def receive(channel: socket.socket) -> tuple[Any, list[int]]:

@@ -58,8 +58,10 @@ Half of it may be shared memory, a quarter what `malloc` keeps.
 _MALLOC_KEEPS_BYTES = 32 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-_MAX_OPEN_FILES = 48
-"""Sixteen are asked about at a time; what is held in shared memory does not count as the process's own."""
+_MAX_OPEN_FILES = 4096
+"""It needs forty. But the system takes this for the limit of what all processes of the user have under way,
+files handed to other decoder processes among them, and lets nobody above it send any.
+"""
 
 _PIECE = 2**20
 _LIBRARY_FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/etc/ld.so.cache")
@@ -129,7 +131,8 @@ def main(arguments: Sequence[str]) -> None:
     most = mapped + max(limits.memory_bytes - resident, 2**26)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits.memory_bytes, limits.memory_bytes))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_OPEN_FILES, _MAX_OPEN_FILES))
+    open_files = min(_MAX_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(nowhere, sys.stderr.fileno(), inheritable=False)  # decoders quote what they do not understand
     send(channel, {"ready": True, "confined": sorted(confined)})
