@@ -9,8 +9,6 @@ zero, costs the file. Uncompressed pixels are passed over by their length, fragm
 
 from __future__ import annotations
 
-import struct
-
 from fedward_client.dicom.elements import (
     UNDEFINED_LENGTH,
     Encoding,
@@ -18,15 +16,13 @@ from fedward_client.dicom.elements import (
     Place,
     element_at,
 )
+from fedward_client.dicom.fragments import item_places
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 
 MAX_BEHIND_BYTES = 2**20
 """So much of a deflated file is inflated behind its pixels to see what is there."""
 
 _MAX_ELEMENTS = 10_000
-_MAX_FRAGMENTS = 2**18
-_ITEM = struct.Struct("<4sL").unpack_from
-_FRAGMENT, _SEQUENCE_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 _SIGNATURES, _PADDING = 0xFFFA, 0xFFFC
 
 
@@ -45,8 +41,11 @@ def elements_behind(
     Raises:
         UnusableImageError: something is there that may not be.
     """
-    end = _end_of_fragments(body, start) if length == UNDEFINED_LENGTH else start + length
-    if end is None or end >= len(body):  # cut off: told by whoever needs the pixels
+    end = start + length
+    if length == UNDEFINED_LENGTH:
+        fragments = item_places(body, start)
+        end = len(body) if fragments is None else fragments[1]
+    if end >= len(body):  # cut off: told by whoever needs the pixels
         return {}
     places: dict[int, Place] = {}
     previous = pixel_tag
@@ -65,18 +64,3 @@ def elements_behind(
 
 def _may_follow(group: int) -> bool:
     return bool(group & 1) or group in (_SIGNATURES, _PADDING)
-
-
-def _end_of_fragments(body: bytes, position: int) -> int | None:
-    """Behind the delimiter of the last fragment; None when it is missing or bytes are no fragment."""
-    for _ in range(_MAX_FRAGMENTS):
-        if position + 8 > len(body):
-            return None
-        kind, length = _ITEM(body, position)
-        position += 8
-        if kind == _SEQUENCE_END:
-            return position
-        if kind != _FRAGMENT:
-            return None
-        position += length
-    return None

@@ -36,7 +36,7 @@ MAX_INFLATED_BYTES = 256 * 2**20
 """So much is inflated of one file, all parts together; a file that holds more is not proven."""
 
 _LONG_VALUE = 64  # bytes; binary values longer than this are searched as pixels are
-_BINARY_VRS = frozenset("OB OW OD OF OL OV UN FL FD US SS UL SL".split())  # noqa: SIM905
+_BINARY_VRS = frozenset(("OB", "OW", "OD", "OF", "OL", "OV", "UN", "FL", "FD", "US", "SS", "UL", "SL"))
 _STREAM = re.compile(rb"\x78[\x01\x5e\x9c\xda]|\x1f\x8b\x08")  # how zlib and gzip begin
 _STREAM_PIECE = 4096
 _SHORTEST_STREAM = 16  # inflated bytes; less is chance

@@ -17,12 +17,10 @@ from itertools import pairwise
 from pydicom.uid import RLELossless
 
 from fedward_client.dicom.elements import UNDEFINED_LENGTH
+from fedward_client.dicom.fragments import item_places
 from fedward_client.dicom.parser import ParsedFile
 from fedward_client.dicom.values import raw_value
 
-_ITEM = struct.Struct("<4sL").unpack_from
-_FRAGMENT, _SEQUENCE_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
-_MAX_FRAGMENTS = 2**18
 _FILLING = b"\0\xff"  # behind the end of a codestream, up to an even length
 
 # Coded data of JPEG holds 0xFF only in front of 0x00 or a restart; of JPEG-LS, of a byte below 0x80.
@@ -52,10 +50,10 @@ def without_texts(parsed: ParsedFile, num_frames: int) -> bytes | None:
     pixels = parsed.body[parsed.pixel_start :]
     if parsed.pixel_length != UNDEFINED_LENGTH:
         return None
-    items = _items(pixels)
-    if items is None or len(items) < 2:
+    places = item_places(pixels)
+    if places is None or len(places[0]) < 2:
         return None
-    (table_start, table_end), *fragments = items
+    (table_start, table_end), *fragments = places[0]
     starts = [start - fragments[0][0] for start, _ in fragments]
     extended = raw_value(parsed.elements, "ExtendedOffsetTable") or b""
     if not _names_fragments(pixels[table_start:table_end], starts, "<L"):
@@ -98,21 +96,6 @@ def blank_texts(codestream: bytes) -> bytes | None:
         return bytes(blanked) if codestream[:2] == b"\xff\xd8" and _blank_jpeg(blanked) else None
     except (struct.error, IndexError):
         return None
-
-
-def _items(pixels: bytes) -> list[tuple[int, int]] | None:
-    """Where the values of the items lie, the offset table's first; None when they do not end as they must."""
-    position = 0
-    found: list[tuple[int, int]] = []
-    while position + 8 <= len(pixels) and len(found) < _MAX_FRAGMENTS:
-        kind, length = _ITEM(pixels, position)
-        if kind == _SEQUENCE_END:
-            return found
-        if kind != _FRAGMENT or position + 8 + length > len(pixels):
-            return None
-        found.append((position + 8, position + 8 + length))
-        position += 8 + length
-    return None
 
 
 def _names_fragments(table: bytes, starts: list[int], width: str) -> bool:

@@ -17,6 +17,7 @@ from fedward_client.dicom.refusal import Reason, UnusableImageError
 
 _ITEM = struct.Struct("<4sL").unpack_from
 _FRAGMENT, _SEQUENCE_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
+MAX_ITEMS = 2**18
 _CODESTREAM_BEGINS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n")
 
 
@@ -52,6 +53,29 @@ def coded_frames(
     if len(first) < num_frames or first[0] != 0:  # num_frames is 2 at least
         _refuse()
     return _joined(fragments, first, num_frames)
+
+
+def item_places(body: bytes, position: int = 0) -> tuple[list[tuple[int, int]], int] | None:
+    """Where the values of the items lie, the offset table's first, and the first byte behind their delimiter.
+
+    Args:
+        body: the pixel data, or what holds it.
+        position: of the offset table's item.
+
+    Returns:
+        None when the delimiter is missing, an item is cut off, or bytes are no item.
+    """
+    found: list[tuple[int, int]] = []
+    while position + 8 <= len(body) and len(found) < MAX_ITEMS:
+        tag, length = _ITEM(body, position)
+        position += 8
+        if tag == _SEQUENCE_END:
+            return found, position
+        if tag != _FRAGMENT or position + length > len(body):
+            return None
+        found.append((position, position + length))
+        position += length
+    return None
 
 
 def _refuse() -> NoReturn:

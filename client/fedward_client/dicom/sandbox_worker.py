@@ -198,17 +198,16 @@ def _replies(
     at_hand: mmap.mmap | bytearray,
 ) -> list[dict[str, Any]]:
     """Answer for each file, or for as many as there is room for; the site asks again for the others."""
-    what, replies = request["what"], []
+
+    def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        processor_time.start(math.prod(shape))
+        return shared.allocate(shape, dtype)
+
+    replies = []
     for place, (file, content) in enumerate(zip(files, request["contents"], strict=True)):
         at_hand[0] = place
-        processor_time.start(_LABEL_PIXELS if what == "labels" else 0)
-        if what == "labels":
-            replies.append(_labels(request["question"], file, content, limits))
-            continue
-        if what == "copy":
-            replies.append(_copy(request["question"], file, content, limits, shared))
-            continue
-        reply = _answer(what, file, content, limits, shared, processor_time)
+        processor_time.start(_LABEL_PIXELS if request["what"] == "labels" else 0)
+        reply = _reply(request, file, content, limits, shared, allocate)
         if shared.is_full:
             break
         replies.append(reply)
@@ -216,18 +215,16 @@ def _replies(
     return replies
 
 
-def _answer(
-    what: str,
+def _reply(
+    request: dict[str, Any],
     file: int,
     content: str | None,
     limits: Limits,
     shared: SharedArray,
-    processor_time: _ProcessorTime,
+    allocate: Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]],
 ) -> dict[str, Any]:
-    def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        processor_time.start(math.prod(shape))
-        return shared.allocate(shape, dtype)
-
+    """Answer for one file; whatever it may be refused for is an answer too."""
+    what = request["what"]
     try:
         sha256, data = _read(file, limits.max_file_bytes)
         if content is not None and content != sha256:
@@ -238,18 +235,11 @@ def _answer(
             return {"facts": [sha256, status.st_size, status.st_mtime_ns, found]}
         if data is None:
             raise UnusableImageError(Reason.TOO_LARGE)
-        if what == "frames":
-            frames = decode_frames(data, max_pixel_bytes=limits.max_pixel_bytes, allocate=allocate)
-            message = frames_message(frames)
-            message["values"].append(shared.keep())
-            return {"frames": message}
-        if what == "stored":
-            image: NDArray[Any] = decode_stored(
-                data, max_pixel_bytes=limits.max_pixel_bytes, allocate=allocate
-            )
-        else:
-            image = decode_image(data, allocate=allocate)
-        return {"image": [list(image.shape), image.dtype.name, shared.keep()]}
+        if what == "labels":
+            return _labels(data, request["question"])
+        if what == "copy":
+            return _copied(data, request["question"], shared)
+        return _decoded(what, data, limits, shared, allocate)
     except UnusableImageError as error:
         shared.drop()
         return {"refused": error.reason.value, "kind": error.kind}
@@ -258,45 +248,40 @@ def _answer(
         return {"refused": Reason.OVER_LIMIT.value, "kind": ""}
 
 
-def _labels(question: str, file: int, content: str | None, limits: Limits) -> dict[str, Any]:
+def _decoded(
+    what: str,
+    data: bytes,
+    limits: Limits,
+    shared: SharedArray,
+    allocate: Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]],
+) -> dict[str, Any]:
+    if what == "frames":
+        frames = decode_frames(data, max_pixel_bytes=limits.max_pixel_bytes, allocate=allocate)
+        message = frames_message(frames)
+        message["values"].append(shared.keep())
+        return {"frames": message}
+    if what == "stored":
+        image: NDArray[Any] = decode_stored(data, max_pixel_bytes=limits.max_pixel_bytes, allocate=allocate)
+    else:
+        image = decode_image(data, allocate=allocate)
+    return {"image": [list(image.shape), image.dtype.name, shared.keep()]}
+
+
+def _labels(data: bytes, question: str) -> dict[str, Any]:
     from fedward_client.dicom.label_objects import answer_question  # most processes are never asked
 
-    try:
-        sha256, data = _read(file, limits.max_file_bytes)
-        if content is not None and content != sha256:
-            return {"changed": True}
-        if data is None:
-            raise UnusableImageError(Reason.TOO_LARGE)
-        return {"labels": answer_question(data, question)}
-    except UnusableImageError as error:
-        return {"refused": error.reason.value, "kind": error.kind}
-    except MemoryError:
-        return {"refused": Reason.OVER_LIMIT.value, "kind": ""}
+    return {"labels": answer_question(data, question)}
 
 
-def _copy(
-    question: str, file: int, content: str | None, limits: Limits, shared: SharedArray
-) -> dict[str, Any]:
+def _copied(data: bytes, question: str, shared: SharedArray) -> dict[str, Any]:
     from fedward_client.dicom.copy_answers import answer_copy  # most processes are never asked
 
-    try:
-        sha256, data = _read(file, limits.max_file_bytes)
-        if content is not None and content != sha256:
-            return {"changed": True}
-        if data is None:
-            raise UnusableImageError(Reason.TOO_LARGE)
-        reply, written = answer_copy(data, question)
-        if written:
-            image = shared.allocate((1, len(written)), np.dtype(np.uint8))
-            image[0] = np.frombuffer(written, np.uint8)
-            reply["image"] = [list(image.shape), image.dtype.name, shared.keep()]
-        return reply
-    except UnusableImageError as error:
-        shared.drop()
-        return {"refused": error.reason.value, "kind": error.kind}
-    except MemoryError:
-        shared.drop()
-        return {"refused": Reason.OVER_LIMIT.value, "kind": ""}
+    reply, written = answer_copy(data, question)
+    if written:
+        image = shared.allocate((1, len(written)), np.dtype(np.uint8))
+        image[0] = np.frombuffer(written, np.uint8)
+        reply["image"] = [list(image.shape), image.dtype.name, shared.keep()]
+    return reply
 
 
 def _read(file: int, most: int) -> tuple[str, bytes | None]:
