@@ -175,3 +175,16 @@ def test_codestream_that_is_cut_or_garbled_is_never_taken_for_a_clean_one(name: 
         assert found is None or len(found) == len(garbled)
     assert blank_texts(b"") is None
     assert blank_texts(NOTE) is None
+
+
+def test_tile_that_ends_inside_its_own_header_is_refused_in_finite_time() -> None:
+    tile = struct.pack(">HHHLBB", 0xFF90, 10, 0, 12, 0, 1)
+    assert blank_texts(b"\xff\x4f" + tile + b"\xff\x93\xff\xd9") is None
+
+
+@pytest.mark.parametrize("marker", [0xC8, 0xDE, 0xDF])
+def test_jpeg_segment_of_unknown_content_is_not_let_through(marker: int) -> None:
+    dataset = dcmread(str(get_testdata_file(JPEG)))
+    (frame,) = generate_frames(dataset.PixelData, number_of_frames=1)
+    assert blank_texts(behind_start(frame, 0xDB, frame[6:][:65] or NOTE)) is not None
+    assert blank_texts(behind_start(frame, marker, NOTE)) is None

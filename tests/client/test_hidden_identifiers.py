@@ -119,6 +119,7 @@ PLACES: dict[str, tuple[int, str, Any]] = {
     "decimal": (0x00180050, "DS", "48151623.0"),
     "exponent": (0x00180050, "DS", "4.8151623e7"),
     "binary": (0x00189073, "FD", 48151623.0),
+    "binary, rounded": (0x00189465, "FL", 48151623.0),
     "binary integer": (0x0018601A, "UL", 48151623),
     "birth date": (0x00180050, "DS", "19531122.00"),
     "model": (0x00081090, "LO", "X48151623"),

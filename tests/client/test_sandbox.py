@@ -31,6 +31,7 @@ from fedward_client.dicom.frames import Frames, decode_frames
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.sandbox import DecodeSandbox, Outcome, SiteFile
 from fedward_client.dicom.sandbox_answers import outcomes_of
+from fedward_client.dicom.sandbox_files import SiteFolders
 from fedward_client.dicom.sandbox_process import DecoderProcess, Pace
 from fedward_client.dicom.sandbox_wire import (
     DEPTH,
@@ -238,6 +239,27 @@ def test_a_crowd_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         message, files = receive(theirs)
     os.close(files[0])
     assert message == {"a": 1}
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ETOOMANYREFS])
+def test_site_without_files_to_give_says_so_and_blames_no_image(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, ct=a_dicom(NOISE, **CT))
+
+    def never(*_: Any, **__: Any) -> int:
+        raise OSError(number, "crowded")
+
+    with DecodeSandbox() as sandbox:
+        pids = sandbox.pids
+        with monkeypatch.context() as patch:
+            patch.setattr("fedward_client.dicom.sandbox_wire._CROWDED_S", 0.0)
+            owner, name = (SiteFolders, "open") if number == errno.EMFILE else (socket, "send_fds")
+            patch.setattr(owner, name, never)
+            with pytest.raises(CohortError, match="no more open files"):
+                sandbox.decode_frames(tmp_path, b"ct")
+        assert sandbox.pids == pids
+        assert sandbox.decode_frames(tmp_path, b"ct").values.shape == (1, 64, 48)
 
 
 def test_processes_are_limited_and_confined(decoders: DecodeSandbox) -> None:

@@ -27,7 +27,8 @@ _FILLING = b"\0\xff"  # behind the end of a codestream, up to an even length
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _MARKER_LS = re.compile(rb"\xff[\x80-\xcf\xd8-\xfe]")
 _COMMENT, _APPLICATIONS = 0xFE, range(0xE0, 0xF0)
-_JPEG_TABLES = frozenset((*range(0xC0, 0xD0), *range(0xDA, 0xE0), 0xF7, 0xF8))
+# 0xC8 is reserved, 0xDE and 0xDF are of pictures in several sizes: what they hold is not known here.
+_JPEG_TABLES = frozenset((*range(0xC0, 0xC8), *range(0xC9, 0xD0), *range(0xDA, 0xDE), 0xF7, 0xF8))
 _SCAN, _LS_FRAME = 0xDA, 0xF7
 # Needed to know the colours, with their lengths: too short for a thumbnail or a text.
 _HARMLESS = ((0xE0, b"JFIF\0", 14), (0xEE, b"Adobe", 12), (0xE8, b"mrfx", 5))
@@ -167,6 +168,8 @@ def _blank_jpeg2000(data: bytearray) -> bool:
         if marker == _END:
             return not data[position + 2 :].strip(_FILLING)
         if marker == _DATA:
+            if end_of_part < position + 2:  # it would be walked for ever
+                return False
             position = end_of_part
             continue
         (length,) = struct.unpack_from(">H", data, position + 2)
@@ -177,8 +180,6 @@ def _blank_jpeg2000(data: bytearray) -> bool:
             (size,) = struct.unpack_from(">L", data, position + 6)
             # 0: the last one, up to the end of the codestream
             end_of_part = position + size if size else len(data.rstrip(b"\0")) - 2
-            if end_of_part <= position:
-                return False
         elif marker == _J2K_COMMENT:
             data[start + 2 : end] = bytes(max(end - start - 2, 0))
         elif marker not in _J2K_TABLES:

@@ -81,7 +81,7 @@ def copy_from(reply: dict[str, Any], take: Take) -> SafeCopy | UnusableImageErro
     """Undo `answer_copy`, field by field.
 
     Raises:
-        WireError, KeyError, TypeError, ValueError: it makes no sense.
+        WireError, KeyError, TypeError, ValueError, OverflowError: it makes no sense.
     """
     if "needs_decoding" in reply:
         return NeedsDecodingError()

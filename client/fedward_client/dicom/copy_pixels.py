@@ -81,7 +81,7 @@ def put_pixels(
     native = parsed.syntax in NATIVE_SYNTAXES
     masks = verdict.decision == "mask"
     clears = verdict.clear_unused_bits or _has_unused_bits_set(parsed, header, data)
-    value = None if native else without_texts(parsed, header.num_frames)
+    value = None if native or masks or clears else without_texts(parsed, header.num_frames)
     if masks or clears or not (native or value):
         originals = decode_stored(data) if decode is None or native else decode()
         _replace_pixels(copy, parsed, header, _masked(originals, header, verdict) if masks else originals)

@@ -34,6 +34,7 @@ from fedward_client.dicom.gate import GatePolicy, GateVerdict, gate_facts, judge
 from fedward_client.dicom.identifiers import collect
 from fedward_client.dicom.kept_numbers import empty_telling_numbers
 from fedward_client.dicom.needles import NeedleSet, needles_of
+from fedward_client.dicom.nested import num_items_in
 from fedward_client.dicom.parser import ParsedFile, contained, parse_file
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.replacements import Replacements
@@ -62,7 +63,6 @@ WITHOUT_PICTURE = REPORTS | {
 """Objects that go with images: their pixels, if any, are computed, so the gate's rules do not apply."""
 
 _REPEATING_VRS = frozenset(("LO", "SH", "CS", "LT", "UC", "IS", "DS"))
-_ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # little and big endian
 _MAX_ITEMS = 150_000
 """Of one file: an enhanced image has six to twelve for each frame, and a compressed frame is one."""
 
@@ -228,7 +228,7 @@ def _check_items(data: bytes) -> None:
     Raises:
         UnusableImageError: more items than any image has.
     """
-    if max(map(data.count, _ITEM_TAGS)) > _MAX_ITEMS:
+    if num_items_in(data) > _MAX_ITEMS:
         raise UnusableImageError(Reason.OVER_LIMIT)
 
 

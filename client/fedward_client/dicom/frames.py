@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward_client.dicom.display import DisplayRules, LookUpTable, Rescale, display_rules, to_units
+from fedward_client.dicom.display import (
+    DisplayRules,
+    LookUpTable,
+    Rescale,
+    display_rules,
+    stored_ends,
+    to_units,
+)
 from fedward_client.dicom.elements import Elements
 from fedward_client.dicom.functional_groups import FrameFacts, frame_facts
 from fedward_client.dicom.header import MAX_PIXEL_BYTES, Header, header_of, pixel_refusal_of
@@ -207,8 +214,7 @@ def _range_in_units(header: Header, modality: Modality, values: NDArray[Any]) ->
         return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     if isinstance(modality, LookUpTable):
         return float(modality.entries.min()), float(modality.entries.max())
-    lowest = -(2 ** (header.bits_stored - 1)) if header.signed else 0
-    ends = to_units(modality, np.array([lowest, lowest + 2**header.bits_stored - 1], dtype=np.float64))
+    ends = to_units(modality, np.array(stored_ends(header)))
     if not (np.abs(ends) <= np.finfo(np.float32).max).all():
         raise UnusableImageError(Reason.DISPLAY_VALUES)
     return float(ends.min()), float(ends.max())

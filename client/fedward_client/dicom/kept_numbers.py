@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 from pydicom.datadict import dictionary_VM
 from pydicom.dataset import Dataset
 
@@ -87,12 +88,14 @@ def empty_telling_numbers(copy: Dataset, identifiers: Iterable[Identifier], writ
     telling = frozenset(_numbers_of(identifiers)) - {float(each) for each in written if each.isdigit()}
     if not telling:
         return
+    singles = frozenset(float(np.float32(each)) for each in telling if each < 1e38)  # as FL would round them
     for element in copy.iterall():
         if element.VR not in NUMBER_VRS - {"AT"} or element.tag.group in _PICTURE_GROUPS:
             continue
         value = element.value
         values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        if any(float(each) in telling for each in values if each not in (None, "")):
+        known = singles if element.VR == "FL" else telling
+        if any(float(each) in known for each in values if each not in (None, "")):
             element.value = None
 
 

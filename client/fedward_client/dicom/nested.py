@@ -46,13 +46,13 @@ def open_object(data: bytes, sop_classes: Collection[str], *, max_bytes: int) ->
     """
     if len(data) > max_bytes:
         raise UnusableImageError(Reason.OVER_LIMIT)
-    num_items = _num_items(data)
+    num_items = num_items_in(data)
     if num_items > MAX_ITEMS:
         raise UnusableImageError(Reason.OVER_LIMIT)
     # pydicom reads what departs from the standard, but at a kilobyte an item.
     tolerant = num_items <= _MAX_ODD_ITEMS and len(data) <= _MAX_ODD_BYTES
     parsed = parse_file(data, max_inflated=MAX_INFLATED_BYTES, tolerant=tolerant)
-    if parsed.body is not data and _num_items(parsed.body) > MAX_ITEMS:
+    if parsed.body is not data and num_items_in(parsed.body) > MAX_ITEMS:
         raise UnusableImageError(Reason.OVER_LIMIT)
     sop_class = text(parsed.elements, "SOPClassUID")
     if sop_class not in sop_classes:
@@ -138,6 +138,6 @@ def _vr_of(keyword: str) -> bytes:
     return dictionary_VR(tag_of(keyword)).encode()
 
 
-def _num_items(data: bytes) -> int:
+def num_items_in(data: bytes) -> int:
     """At most as many items as there are item tags anywhere, by chance in pixels too."""
     return max(map(data.count, _ITEM_TAGS))

@@ -30,6 +30,7 @@ from fedward_client.dicom.syntaxes import (
     ENCAPSULATED_UNCOMPRESSED,
     LOSSY_SYNTAXES,
     PLUGIN_OF_SYNTAX,
+    WITHOUT_PLUGIN,
 )
 from fedward_client.dicom.values import raw_value
 
@@ -44,8 +45,6 @@ _RLE_SPARE = 1024
 """Run lengths at their worst double a picture; the rest is their header and padding."""
 
 _MAX_FRAGMENTS = 4 * MAX_FRAMES
-
-_WITHOUT_PLUGIN = ("zlib", "numpy")
 
 # Coding processes that a syntax may hold; a progressive JPEG, say, can be made to decode for hours.
 # RLE does not say how large its picture is; its decoder takes all that the segments expand to.
@@ -165,9 +164,7 @@ def _without_unused_bits(stored: Stored, header: Header) -> Stored:
 
 
 def _native_colour(parsed: ParsedFile, header: Header) -> Iterator[Stored]:
-    per_frame = header.num_pixel_bytes // header.num_frames
-    if header.photometric == "YBR_FULL_422":
-        per_frame = per_frame // 3 * 2
+    per_frame = header.num_native_bytes // header.num_frames
     for frame in range(header.num_frames):
         start = parsed.pixel_start + frame * per_frame
         pixels = parsed.body[start : start + per_frame + per_frame % 2]
@@ -246,7 +243,7 @@ def _with_pydicom(pixels: bytes, header: Header, vr: bytes, *, photometric: str 
         "allow_excess_frames": False,
     }
     plugin = PLUGIN_OF_SYNTAX.get(header.transfer_syntax, "")
-    plain = plugin in _WITHOUT_PLUGIN
+    plain = plugin in WITHOUT_PLUGIN
     decoder = get_decoder(uid.ExplicitVRLittleEndian if plain else uid.UID(header.transfer_syntax))
     stored: Stored = decoder.as_array(pixels, decoding_plugin="" if plain else plugin, **options)[0]
     return stored

@@ -9,6 +9,7 @@ a decoder process says is checked like any other foreign input.
 
 from __future__ import annotations
 
+import errno
 import selectors
 import time
 from collections import deque
@@ -34,6 +35,9 @@ __all__ = ["DecodeSandbox", "Outcome", "SiteFile", "What"]
 
 _WALL_S = 120.0
 """Processor time ends a busy process; this one, which should never be needed, a sleeping one."""
+
+_CROWDED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+"""Why a file that is there cannot be opened."""
 
 
 class DecodeSandbox:
@@ -161,7 +165,9 @@ class DecodeSandbox:
                 try:
                     opened.append(self._folders.open(task.files[place]))
                     task.waiting.append(place)
-                except OSError:
+                except OSError as error:
+                    if error.errno in _CROWDED:
+                        raise _too_many_files() from None
                     task.outcomes[place] = not_to_be_had()
             if task.waiting:
                 self._send(task, opened)
@@ -182,8 +188,13 @@ class DecodeSandbox:
         try:
             send(process.channel, asked | {"memory": task.memory}, opened)
             task.sent = True
-        except OSError:  # it has ended, perhaps with an answer that is still to be read
-            if len(process.tasks) == 1:
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:  # a fresh process would not be handed them either
+                process.tasks.pop()
+                process.memories.settle(task.memory)
+                task.waiting.clear()
+                raise _too_many_files() from None
+            if len(process.tasks) == 1:  # else it has ended, perhaps with an answer that is still to be read
                 self._replace(process, blame=False)
 
     def _wait(self) -> None:
@@ -250,3 +261,10 @@ class DecodeSandbox:
     def _split(self, task: Task) -> None:
         for place in task.missing:
             (task.outcomes[place],) = self.map([task.files[place]], task.what, lend=task.lend)
+
+
+def _too_many_files() -> CohortError:
+    return CohortError(
+        "this machine has no more open files to give, so images cannot be handed to their decoders",
+        remedy="End other work of this user or raise its limit on open files (ulimit -n), then start again.",
+    )

@@ -35,7 +35,7 @@ def outcomes_of(message: Any, num_files: int, what: What, take: Take) -> list[Ou
         take: gives an array out of shared memory.
 
     Raises:
-        WireError, KeyError, TypeError, ValueError, IndexError: they make no sense.
+        WireError, KeyError, TypeError, ValueError, IndexError, OverflowError: they make no sense.
     """
     replies = message["replies"]
     if not 1 <= len(replies) <= num_files:

@@ -91,16 +91,16 @@ class DecoderProcess:
         own = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         module = "fedward_client.dicom.sandbox_worker"
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with ExitStack() as unless_started, ExitStack() as whatever_comes:
-            unless_started.callback(ours.close)
-            whatever_comes.enter_context(theirs)
-            byte = os.memfd_create("at_hand", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            whatever_comes.callback(os.close, byte)
-            os.ftruncate(byte, 1)
-            fcntl.fcntl(byte, fcntl.F_ADD_SEALS, SEALS)
-            self._at_hand = mmap.mmap(byte, 1)
             try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                unless_started.callback(ours.close)
+                whatever_comes.enter_context(theirs)
+                byte = os.memfd_create("at_hand", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                whatever_comes.callback(os.close, byte)
+                os.ftruncate(byte, 1)
+                fcntl.fcntl(byte, fcntl.F_ADD_SEALS, SEALS)
+                self._at_hand = mmap.mmap(byte, 1)
                 self._process = subprocess.Popen(
                     [
                         *(sys.executable, "-P", "-B", "-m", module),

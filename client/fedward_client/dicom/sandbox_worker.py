@@ -285,7 +285,18 @@ def _copied(data: bytes, question: str, shared: SharedArray) -> dict[str, Any]:
 
 
 def _read(file: int, most: int) -> tuple[str, bytes | None]:
-    """Hash a file and, unless it is larger than `most`, hold it."""
+    """Hash a file and, unless it is larger than `most`, hold it.
+
+    Raises:
+        UnusableImageError: the disk, or the server that the folder lies on, does not give it.
+    """
+    try:
+        return _content(file, most)
+    except OSError:
+        raise UnusableImageError(Reason.UNREADABLE) from None
+
+
+def _content(file: int, most: int) -> tuple[str, bytes | None]:
     size = os.fstat(file).st_size
     if size <= most:
         parts = []

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import uid
-from pydicom.encaps import generate_frames
 
 from fedward_client.dicom.codestream import frame_size
 from fedward_client.dicom.elements import UNDEFINED_LENGTH
+from fedward_client.dicom.fragments import MAX_ITEMS, coded_frames
 from fedward_client.dicom.parser import ParsedFile, inflate
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.rle import unpack_bits
@@ -28,6 +28,7 @@ from fedward_client.dicom.syntaxes import (
     ENCAPSULATED_UNCOMPRESSED,
     NATIVE_SYNTAXES,
 )
+from fedward_client.dicom.values import raw_value
 
 MAX_FRAME_PIXELS = 2**26
 
@@ -118,10 +119,13 @@ def _compressed_frames(
         raise UnusableImageError(Reason.TRANSFER_SYNTAX, "" if name == parsed.syntax else name)
     if parsed.pixel_length != UNDEFINED_LENGTH:
         raise UnusableImageError(Reason.MALFORMED)
-    stream = io.BytesIO(memoryview(parsed.body)[parsed.pixel_start :])
-    coded = list(generate_frames(stream, number_of_frames=num_frames))
-    if len(coded) != num_frames:
-        raise UnusableImageError(Reason.TRUNCATED)
+    coded = coded_frames(
+        parsed.body[parsed.pixel_start :],
+        num_frames,
+        delimited=True,
+        max_fragments=MAX_ITEMS,
+        extended_offsets=raw_value(parsed.elements, "ExtendedOffsetTable") or b"",
+    )
 
     def frame(index: int) -> Stored:
         return decode(coded[index], rows, columns, bits)

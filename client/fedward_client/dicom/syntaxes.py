@@ -46,6 +46,8 @@ PLUGIN_OF_SYNTAX: dict[str, str] = {
 }
 """Syntax with fragments -> pydicom's name of the plugin, or the package that is called directly."""
 
+WITHOUT_PLUGIN = ("zlib", "numpy")
+
 LOSSY_SYNTAXES = frozenset(
     {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K}
 )
@@ -60,7 +62,7 @@ def is_permitted(transfer_syntax: str) -> bool:
 def can_decode(transfer_syntax: str) -> bool:
     """Whether the one plugin that is pinned for this syntax is installed."""
     plugin = PLUGIN_OF_SYNTAX.get(transfer_syntax)
-    if plugin in (None, "zlib", "numpy"):
+    if plugin is None or plugin in WITHOUT_PLUGIN:
         return True
     if plugin == "imagecodecs":
         return find_spec("imagecodecs") is not None
