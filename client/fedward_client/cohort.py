@@ -34,6 +34,10 @@ from fedward_common.plan import DataPart
 _NUM_IDS_SHOWN = 5
 
 
+class EmptyCohortError(CohortError):
+    """Nothing is wrong but that no image can become a case."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One labelled image or volume, without identifiers.
@@ -164,7 +168,7 @@ def open_cohort(
     labelled = [unit for unit in units if unit.content in join.rows]
     cases = _cases(labelled, join.rows, names, data, key, torn_patients)
     if not cases:
-        raise CohortError(
+        raise EmptyCohortError(
             f"no usable labelled image of modality {' or '.join(asked)}",
             remedy="See what is in quarantine and why: fedward-site cohort quarantine. If nothing is, the"
             " plan or HOME/cohort.toml wants other images than there are.",

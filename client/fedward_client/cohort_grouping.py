@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedward_client.dicom.gate import Box, GateVerdict
+from fedward_client.dicom.header import MAX_FRAMES
 from fedward_client.dicom.refusal import Reason
 from fedward_client.dicom.series import SeriesVerdict, VolumeGeometry, group_series
 from fedward_client.dicom.slice_facts import SliceFacts
@@ -205,6 +206,17 @@ def _slices(index: CaseIndex, members: Mapping[str, Judged]) -> list[SliceFacts]
     return found
 
 
+def possible_names(image: IndexedImage) -> Iterator[str]:
+    """Say by which names a case that begins with this image may go; see `CohortUnit.name`."""
+    yield from (image.sop_instance, image.series)
+    for frame in range(max(1, min(image.num_frames or 1, MAX_FRAMES))):
+        yield _name_in_series(image, frame)
+
+
+def _name_in_series(image: IndexedImage, frame_index: int) -> str:
+    return f"{image.series}|{image.sop_instance}:{frame_index}"
+
+
 def _volume(
     geometry: VolumeGeometry,
     members: Mapping[str, Judged],
@@ -217,7 +229,7 @@ def _volume(
     keys = dict(image.keys)
     if len({content for content, _ in parts}) > 1 or num_volumes > 1:
         keys["SOPInstanceUID"] = ""  # it names one of the slices, or all volumes of the file
-    names = [image.series, f"{image.series}|{image.sop_instance}:{parts[0][1]}"]
+    names = [image.series, _name_in_series(image, parts[0][1])]
     name, other_name = names if num_volumes == 1 else reversed(names)
     return CohortUnit(
         content=digest.hexdigest(),

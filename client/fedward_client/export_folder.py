@@ -5,6 +5,10 @@ which the next run deletes. Which original a copy is of stands in a ledger in th
 copy's digest: the folder leaves the hospital, and digests of originals must not. Copies that are no longer
 what they were are made again; copies of files that left the cohort since are deleted. Copies made with other
 options, another key or another version of the rules are never mixed.
+
+While an export runs, and after it was killed, `.unfinished` in the folder holds drafts, a lock against other
+homes, and a mark: a keyed digest that only this home, with these options, can make for this folder. Without
+that mark nothing is deleted that the ledger does not know, for it may be somebody else's.
 """
 
 from __future__ import annotations
@@ -24,13 +28,17 @@ from fedward_client.dicom.copy_answers import NAME_OF_COPY
 from fedward_client.dicom.copy_pixels import PixelChange
 from fedward_client.dicom.deidentify import SafeCopy
 from fedward_client.dicom.refusal import Reason, UnusableImageError
-from fedward_common.errors import StorageError
+from fedward_common.errors import StorageError, UsageError
 from fedward_common.files import flush_directory, write_atomically, write_new
 from fedward_common.home_lock import lock_home
 
 EXPORTS_FOLDER = "exports"
 _DRAFTS = ".unfinished"
+_LOCK, _MARK = f"{_DRAFTS}/lock", f"{_DRAFTS}/mark"
 _FLUSH_EVERY = 64
+_RUNNING = "another export into this folder is running"
+_WAIT = "Wait for it, or name another folder."
+_OTHER_FILES = "the folder for the copies holds other files too"
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class ExportFolder:
 
     Raises:
         StorageError: something else is in the folder, it cannot be made, or the disk is full.
-        UsageError: another process is exporting into it.
+        UsageError: another process is exporting into it, of this home or of another.
     """
 
     def __init__(self, home: Path, out: Path, settings: str) -> None:
@@ -73,7 +81,8 @@ class ExportFolder:
         name = hashlib.sha256(os.fsencode(out.resolve())).hexdigest()[:32]
         self._ledger_path = home / EXPORTS_FOLDER / f"{name}.jsonl"
         self._ledger: IO[str] | None = None
-        self._lock = -1
+        self._mark = hashlib.sha256(f"{settings}|{name}".encode()).hexdigest()
+        self._lock = self._lock_out = -1
         self._kept: dict[str, KeptCopy] = {}
         self._content_of: dict[str, str] = {}
         self._num_unflushed = 0
@@ -82,11 +91,9 @@ class ExportFolder:
     def __enter__(self) -> Self:
         try:
             self._ledger_path.parent.mkdir(mode=0o700, exist_ok=True)
-            self._lock = lock_home(
-                self._ledger_path.with_suffix(".lock"),
-                holder="another export into this folder is running",
-                remedy="Wait for it, or name another folder.",
-            )
+            self._lock = lock_home(self._ledger_path.with_suffix(".lock"), holder=_RUNNING, remedy=_WAIT)
+            self._out.mkdir(mode=0o700, exist_ok=True)
+            self._lock_folder()
             self._take_over()
             self._ledger = self._ledger_path.open("a", encoding="ascii")
         except OSError as error:
@@ -108,26 +115,39 @@ class ExportFolder:
     def close(self) -> None:
         """Delete drafts and give the folder up."""
         if self._ledger is not None:
-            shutil.rmtree(self._out / _DRAFTS, ignore_errors=True)
             with suppress(OSError):
-                self._flush()
-            self._ledger.close()
+                self._flush_ledger()  # when it fails the mark stays: copies may be there that are not noted
+                shutil.rmtree(self._out / _DRAFTS, ignore_errors=True)
+                flush_directory(self._out)
+            with suppress(OSError):
+                self._ledger.close()
             self._ledger = None
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        elif self._lock_out >= 0:  # never taken over: as it was, whoever's it is
+            with suppress(OSError):
+                (self._out / _LOCK).unlink()
+                (self._out / _DRAFTS).rmdir()
+        for lock in (self._lock_out, self._lock):
+            if lock >= 0:
+                os.close(lock)
+        self._lock = self._lock_out = -1
 
     def keep_only(self, contents: frozenset[str]) -> int:
         """Delete the copies of files that are no longer to be exported; say how many.
 
         Raises:
-            StorageError: one cannot be deleted.
+            StorageError: one cannot be deleted, or the disk is full.
         """
         gone = [kept for content, kept in self._kept.items() if content not in contents]
         for kept in gone:
             self._forget(kept)
         if gone:
-            self._rewrite()
+            try:
+                self._rewrite()
+            except OSError as error:
+                raise StorageError(
+                    f"which copies are left cannot be noted: {os.strerror(error.errno or 0)}",
+                    remedy="Free space on the disk of the site's home; then start the same command again.",
+                ) from error
         return len(gone)
 
     def kept(self, content: str) -> KeptCopy | None:
@@ -173,30 +193,52 @@ class ExportFolder:
         self._kept[content] = kept
         return kept
 
+    def _lock_folder(self) -> None:
+        """Keep other homes out, whose own locks this one does not see."""
+        drafts = self._out / _DRAFTS
+        _refuse_if(drafts.is_symlink(), _OTHER_FILES)  # the lock would be made elsewhere
+        drafts.mkdir(mode=0o700, exist_ok=True)
+        lock = self._out / _LOCK
+        self._lock_out = lock_home(lock, holder=_RUNNING, remedy=_WAIT)
+        if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(self._lock_out)):
+            os.close(self._lock_out)  # whoever had it has just deleted it
+            self._lock_out = -1
+            raise UsageError(_RUNNING, remedy=_WAIT)
+
     def _take_over(self) -> None:
-        """Make the folder, or see that it is one to go on with."""
-        self._out.mkdir(mode=0o700, exist_ok=True)
+        """See that the folder is empty, or one to go on with."""
         noted = self._read_ledger()
         found = {str(path.relative_to(self._out)) for path in self._out.rglob("*") if not _is_folder(path)}
+        found -= {_LOCK, _MARK}
         drafts = {name for name in found if name.startswith(f"{_DRAFTS}/")}
         found -= drafts
         if noted is None:
             _refuse_if(bool(found or drafts), "the folder for the copies is not empty")
             noted = {}
         elif found or drafts:
-            _refuse_if(
-                any(NAME_OF_COPY.fullmatch(name) is None for name in found),
-                "the folder for the copies holds other files too",
-            )
+            _refuse_if(any(NAME_OF_COPY.fullmatch(name) is None for name in found), _OTHER_FILES)
             _refuse_if(self._is_of_other_settings, "the copies in this folder were made with other options")
-        self._out.chmod(0o700)
-        shutil.rmtree(self._out / _DRAFTS, ignore_errors=True)
-        (self._out / _DRAFTS).mkdir(mode=0o700)
         self._kept = {} if self._is_of_other_settings else noted
         self._content_of = {kept.copy: kept.content for kept in self._kept.values()}
-        for name in found - self._content_of.keys():  # renamed, but not noted when the power failed
+        # Renamed, but not noted when the power failed; or drafts of then.
+        unnoted = drafts | (found - self._content_of.keys())
+        _refuse_if(bool(unnoted) and not self._was_here(), _OTHER_FILES)
+        self._out.chmod(0o700)
+        for name in unnoted:
             (self._out / name).unlink()
         self._rewrite()
+        (self._out / _MARK).unlink(missing_ok=True)
+        write_new(self._out / _MARK, self._mark.encode("ascii"))
+        with suppress(OSError):  # without the mark nothing is deleted, that is all
+            flush_directory(self._out / _DRAFTS)
+            flush_directory(self._out)
+
+    def _was_here(self) -> bool:
+        """Whether an export of this home with these settings did not come to its end in this folder."""
+        try:
+            return (self._out / _MARK).read_bytes() == self._mark.encode("ascii")
+        except OSError:
+            return False
 
     def _read_ledger(self) -> dict[str, KeptCopy] | None:
         """What is noted; None when there is no ledger. A line cut off by a crash is passed over."""
@@ -218,13 +260,13 @@ class ExportFolder:
 
     def _rewrite(self) -> None:
         lines = [{"settings": self._settings}, *map(asdict, self._kept.values())]
-        if self._ledger is not None:
-            self._ledger.close()
         write_atomically(
             self._ledger_path, "".join(json.dumps(line) + "\n" for line in lines).encode("ascii")
         )
-        if self._ledger is not None:
+        before = self._ledger
+        if before is not None:
             self._ledger = self._ledger_path.open("a", encoding="ascii")
+            before.close()
 
     def _note(self, kept: KeptCopy) -> None:
         """Note a copy before it appears, so that none is there without its note."""
@@ -236,11 +278,14 @@ class ExportFolder:
             self._flush()
 
     def _flush(self) -> None:
+        self._flush_ledger()
+        flush_directory(self._out)
+        self._num_unflushed = 0
+
+    def _flush_ledger(self) -> None:
         assert self._ledger is not None
         self._ledger.flush()
         os.fsync(self._ledger.fileno())
-        flush_directory(self._out)
-        self._num_unflushed = 0
 
     def _forget(self, kept: KeptCopy) -> None:
         path = self._out / kept.copy

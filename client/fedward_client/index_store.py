@@ -292,6 +292,10 @@ class CaseIndex:
             for content, count, instance, study in rows
         ]
 
+    def studies(self) -> dict[str, str]:
+        """StudyInstanceUID of each content that tells it. For counting, nowhere else."""
+        return dict(self.database.rows("SELECT content, study FROM contents WHERE study NOT NULL"))
+
     def names_of(self, content: str) -> list[bytes]:
         """Every file that holds a content, for the operator who asks for names."""
         return [name for (name,) in self.database.rows("SELECT name FROM files WHERE content = ?", content)]

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fedward_client.cohort import Case, open_cohort
 from fedward_client.index import Progress, index_folder
 from fedward_client.index_store import CaseIndex
+from fedward_client.readiness_refused import refused_studies, told_refused
 from fedward_client.readiness_told import (
     TOLD,
     check_told,
@@ -63,12 +64,14 @@ class SurveyedCase:
 
     Attributes:
         intensity: its pixels in the plan's cells, `CASE_WEIGHT` in all.
-        pixels: SHA-256 of its decoded values.
+        pixels: SHA-256 of its decoded values, before any window.
+        study: its StudyInstanceUID, or "".
     """
 
     case: Case
     intensity: Counts
     pixels: bytes
+    study: str = field(default="", repr=False)
 
 
 def survey(plan: ReadinessPlan, site: SiteData, *, min_cases: int, progress: Progress | None = None) -> State:
@@ -92,7 +95,11 @@ def survey(plan: ReadinessPlan, site: SiteData, *, min_cases: int, progress: Pro
     index_folder(site)
     cohort = open_cohort(site, plan.data, plan.task.labels, torn_patients=True)
     with CaseIndex(site.home) as index:
-        cases = list(_decoded(plan.survey.intensity, site, index, cohort.cases, progress))
+        studies = index.studies()
+        cases = [
+            replace(each, study=studies.get(next(iter(_frames_of(each.case))), ""))
+            for each in _decoded(plan.survey.intensity, site, index, cohort.cases, progress)
+        ]
         usable = {each.case.case_id for each in cases}
         unusable = [next(iter(_frames_of(case))) for case in cohort.cases if case.case_id not in usable]
         undecoded = index.refused(dict.fromkeys(unusable, Reason.DECODE_FAILED))
@@ -102,13 +109,15 @@ def survey(plan: ReadinessPlan, site: SiteData, *, min_cases: int, progress: Pro
             remedy="See what is in quarantine and why: fedward-site cohort quarantine",
         )
     check_told(plan.data, site, counted([each.case for each in cases], floor), floor, trains=False)
-    num_refused = len(cohort.quarantined) + len(undecoded)
-    # Who a refused image is of is often not known; a study is the least that one patient has.
-    is_told = cohort.num_rejected(undecoded) >= floor
+    num_refused = refused_studies(
+        [*cohort.quarantined, *undecoded],
+        Counter(each.study for each in cases for _ in _frames_of(each.case)),
+        spoilt={entry.study or entry.content for entry in undecoded},
+    )
     _write_findings(site, cases)
     besides = held_back_tables(plan, site)
-    state = released(plan, cases, num_refused=num_refused if is_told else 0, floor=floor, held_back=besides)
-    remember_survey(plan, site, besides)
+    state = released(plan, cases, num_refused=num_refused, floor=floor, held_back=besides)
+    remember_survey(plan, site, besides, floor)
     return state
 
 
@@ -143,7 +152,7 @@ def released(
     Args:
         plan: names the cells.
         cases: every usable case of the site.
-        num_refused: images in quarantine.
+        num_refused: studies in quarantine.
         floor: least number of patients behind a released number.
         held_back: tables of which nothing may be told.
     """
@@ -172,7 +181,8 @@ def released(
         name: cells for name, cells in told.items() if cells is not None and name not in held_back
     }
     state["num_cases"][0], state["num_patients"][0] = len(cases), len(members)
-    state["refused"][0] = num_refused if num_refused >= floor else 0
+    used = {(each.case.patient, each.study or each.case.content) for each in cases}
+    state["refused"] = told_refused(num_refused, len(used), floor)
     return state
 
 
@@ -265,8 +275,8 @@ def _told_label_patients(by_label: Counts, label: Counts | None, floor: int) -> 
     hidden = [] if label is None else np.flatnonzero(label == 0).tolist()
     told = protected(amounts, floor, besides=hidden)
     is_whole = told is None or (told == amounts.sum(axis=0)).all()
-    # Where all have two cases, cases and patients by two labels are equations: one told number solves them.
-    return told if is_whole or by_label.shape[1] > 2 else np.zeros_like(told)
+    # Where all have two cases, cases and patients by label are equations: one told number may solve them.
+    return told if is_whole else np.zeros_like(told)
 
 
 def _torn_patients(cases: Iterable[SurveyedCase]) -> set[str]:
@@ -313,14 +323,16 @@ def _examined(
         try:
             if isinstance(outcome, CohortError):
                 raise outcome
-            values = values_of(cast("Frames", outcome), case, part)[places[content]]
+            frames = as_kept(cast("Frames", outcome), case)
+            values = values_of(frames, part)[places[content]]
         except UnusableImageError as error:
             index.quarantine(content, error)
             usable = False
             continue
-        pixels.update(f"{values.shape}".encode())
-        for frame in values:  # one at a time: a file may hold hundreds
-            counts += pixel_counts(frame, part)
+        stored = frames.values[places[content]]  # a copy may come with another window
+        pixels.update(f"{stored.shape}".encode())
+        for frame, seen in zip(stored, values, strict=True):  # one at a time: a file may hold hundreds
+            counts += pixel_counts(seen, part)
             pixels.update(np.ascontiguousarray(frame).data)
     return SurveyedCase(case, weighted(counts), pixels.digest()) if usable else None
 
@@ -356,12 +368,18 @@ def _frames_of(case: Case) -> dict[str, list[int]]:
     return found
 
 
-def values_of(frames: Frames, case: Case, part: IntensityPart) -> NDArray[Any]:
-    """Values `(frames, rows, columns)` in the plan's units; what the gate blackens is black here too."""
+def as_kept(frames: Frames, case: Case) -> Frames:
+    """Make black what the gate blackens."""
     from fedward_client.dicom.gate import mask
+
+    if case.regions is None:
+        return frames
+    return replace(frames, values=mask(frames.values, case.regions, inverted=frames.inverted))
+
+
+def values_of(frames: Frames, part: IntensityPart) -> NDArray[Any]:
+    """Values `(frames, rows, columns)` in the plan's units; colour as its mean."""
     from fedward_client.dicom.intensity import FILE, frames_in_unit_interval
 
-    if case.regions is not None:
-        frames = replace(frames, values=mask(frames.values, case.regions, inverted=frames.inverted))
     values = frames_in_unit_interval(frames, FILE) if part.units == "display" else frames.values
     return values.mean(axis=-1) if frames.is_colour else values

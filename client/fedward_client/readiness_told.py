@@ -8,8 +8,12 @@ surveys whose bands begin at 60 and at 61 differ by the patients who are sixty. 
   is left out by both, so no difference of totals shows it.
 - Each table is told in one set of cells. The first survey decides it; a later one with other cells gets the
   table held back, whatever the cases are, so that holding it back tells nothing either.
-- Where a plan takes other cases than an answered one, by modality or by another division, and few patients
-  make the difference, the site does not answer.
+- Where a plan takes other cases than an answered one, by modality, by another division or by another floor,
+  and few patients make the difference, in all or on one side, the site does not answer. All surveys have one
+  floor: what is held back at five and told at six says which cells have four.
+
+Of two plans that come to differ by few, the one answered first goes on being answered. Were both refused, a
+new patient between two thresholds of a division would end all training here.
 
 What is remembered is what was asked and told, never a count or a case. Cases that come or go between two
 answers are not hidden by this: a hospital that gets one more patient has one more.
@@ -19,13 +23,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from fedward_client.cohort import Case, open_cohort
+from fedward_client.cohort import Case, EmptyCohortError, open_cohort
 from fedward_client.site_data import SiteData
 from fedward_common.errors import CohortError, RefusalCode
 from fedward_common.files import write_atomically
@@ -50,10 +54,14 @@ class AnsweredPlan(Part):
 
     Attributes:
         data: which cases.
+        floor: least number of patients behind a number.
+        order: how many records there were before.
         cells: of a survey, the cells of each table that was told; None of training.
     """
 
     data: DataPart
+    floor: int = Field(ge=1)
+    order: int = Field(ge=0)
     cells: dict[str, str] | None = None
 
 
@@ -149,27 +157,63 @@ def held_back_tables(plan: ReadinessPlan, site: SiteData) -> set[str]:
 def check_told(data: DataPart, site: SiteData, cases: Sequence[Case], floor: int, *, trains: bool) -> None:
     """Refuse to answer about cases that differ by few patients from those answered about before.
 
-    Two training plans are not compared with each other: what each tells is held back by itself.
-
     Args:
         data: of the plan that asks.
         site: whose answers.
         cases: that the answer would be about, from `counted`.
-        floor: least number of patients behind a number.
+        floor: least number of patients behind a number; with 1 nothing is held back, and nothing refused.
         trains: whether the plan trains.
 
     Raises:
         TooCloseError: a difference of the two would be about few patients.
     """
-    for told in _answered(site.home):
-        is_other = told.data != data and _may_overlap(told.data, data)
-        if floor > 1 and is_other and not (trains and told.cells is None):
-            then = counted(open_cohort(site, told.data, torn_patients=True).cases, floor)
-            if differ_by_few(cases, then, floor):
-                raise TooCloseError(
-                    "this plan and one answered before take different cases, and few patients differ",
-                    remedy="Ask the coordinator for a plan whose [data] is that of the earlier plan.",
-                )
+    if floor == 1:
+        return
+    answered = [told for told in _answered(site.home) if _may_overlap(told.data, data)]
+    for told in answered:
+        if not trains and told.cells is not None and told.floor != floor:
+            raise TooCloseError(
+                f"this survey holds back counts about fewer than {floor} patients, an earlier one about fewer"
+                f" than {told.floor}: together they would tell more than either",
+                remedy=f"Ask the coordinator for a plan with privacy.min_cases = {told.floor}; where it is"
+                " limits.min_cases in HOME/policy.toml that asks for another number, all surveys need one.",
+            )
+    for told in _answered_before(answered, data, floor):
+        if told.data == data and told.floor == 1:
+            continue  # it told all there is of these cases
+        then = counted(_cases_now(site, told.data), told.floor if told.floor > 1 else floor)
+        if differ_by_few(cases, then, max(floor, told.floor)):
+            raise TooCloseError(
+                "this plan and one answered before take different cases, and few patients differ",
+                remedy="Ask the coordinator for a plan whose [data] and privacy.min_cases are those of the"
+                f" earlier plan: {_in_words(told)}.",
+            )
+
+
+def _answered_before(answered: Sequence[AnsweredPlan], data: DataPart, floor: int) -> list[AnsweredPlan]:
+    """One record for each choice of cases that was answered before this one ever was."""
+    found: dict[bytes, AnsweredPlan] = {}
+    for told in answered:
+        if told.data == data and told.floor == floor:
+            break
+        found.setdefault(canonical_bytes(told.data) + f"|{told.floor}".encode(), told)
+    return list(found.values())
+
+
+def _cases_now(site: SiteData, data: DataPart) -> Sequence[Case]:
+    """What an earlier plan would take today; nothing where the site has no such image any more."""
+    try:
+        return open_cohort(site, data, torn_patients=True).cases
+    except EmptyCohortError:
+        return ()
+
+
+def _in_words(told: AnsweredPlan) -> str:
+    data = told.data
+    return (
+        f"modalities {', '.join(data.modalities)}, validation_fraction {data.validation_fraction:g},"
+        f" test_fraction {data.test_fraction:g}, split_seed {data.split_seed}, min_cases {told.floor}"
+    )
 
 
 def cases_to_train(data: DataPart, site: SiteData, cases: Sequence[Case]) -> list[Case]:
@@ -182,7 +226,7 @@ def cases_to_train(data: DataPart, site: SiteData, cases: Sequence[Case]) -> lis
 
     Raises:
         CohortError: too few patients are on the training side, code COHORT_TOO_SMALL.
-        TooCloseError: the site answered a survey about slightly other cases.
+        TooCloseError: the site answered a plan about slightly other cases.
     """
     told = counted(cases, site.min_patients)
     sides = {case.split for case in cases} - {case.split for case in told}
@@ -192,14 +236,14 @@ def cases_to_train(data: DataPart, site: SiteData, cases: Sequence[Case]) -> lis
             remedy="Add images, or lower data.validation_fraction and data.test_fraction.",
         )
     check_told(data, site, told, site.min_patients, trains=True)
-    _remember(site.home, AnsweredPlan(data=data))
+    _remember(site.home, data, site.min_patients, None)
     return told
 
 
-def remember_survey(plan: ReadinessPlan, site: SiteData, held_back: Collection[str]) -> None:
+def remember_survey(plan: ReadinessPlan, site: SiteData, held_back: Collection[str], floor: int) -> None:
     """Note what a survey is about to tell; on the disk when this returns."""
     cells = {name: cells for name, cells in _cells(plan.survey).items() if name not in held_back}
-    _remember(site.home, AnsweredPlan(data=plan.data, cells=cells))
+    _remember(site.home, plan.data, floor, cells)
 
 
 def forget_told(home: Path) -> None:
@@ -219,14 +263,19 @@ def _cells(part: SurveyPart) -> dict[str, str]:
     }
 
 
-def _remember(home: Path, told: AnsweredPlan) -> None:
-    document = canonical_bytes(told)
+def _remember(home: Path, data: DataPart, floor: int, cells: dict[str, str] | None) -> None:
+    answered = _answered(home)
+    if any((told.data, told.floor, told.cells) == (data, floor, cells) for told in answered):
+        return
+    order = 1 + max((told.order for told in answered), default=-1)
+    document = canonical_bytes(AnsweredPlan(data=data, floor=floor, order=order, cells=cells))
     folder = home / TOLD
     folder.mkdir(mode=0o700, exist_ok=True)
     write_atomically(folder / f"{hashlib.sha256(document).hexdigest()}.told", document)
 
 
 def _answered(home: Path) -> list[AnsweredPlan]:
+    """Every record, in the order in which they were made."""
     found = []
     for path in sorted((home / TOLD).glob("*.told")):
         try:
@@ -236,7 +285,7 @@ def _answered(home: Path) -> list[AnsweredPlan]:
                 f"a record of an answered plan in HOME/{TOLD} cannot be read",
                 remedy="Restore it from a backup. Without it nobody knows what may still be told.",
             ) from error
-    return found
+    return sorted(found, key=lambda told: told.order)
 
 
 def _may_overlap(told: DataPart, asked: DataPart) -> bool:
@@ -244,19 +293,40 @@ def _may_overlap(told: DataPart, asked: DataPart) -> bool:
 
 
 def differ_by_few(now: Sequence[Case], then: Sequence[Case], floor: int) -> bool:
-    """Whether few patients have cases in one of the two only, or train with a label in one of them.
+    """Whether few patients have cases in one of the two only, in all or on a side, or train with a label.
 
     Two sides left out together may each be one below the floor, hence nearly twice the floor.
     """
     rare = rare_in_training(now, floor) | rare_in_training(then, floor)
-    groups = [_patients_with_others(now, then), _patients_with_others(then, now)]
     common = bool({case.case_id for case in now} & {case.case_id for case in then})
-    return common and (bool(rare) or any(0 < number < 2 * floor - 1 for number in groups))
+    told = _sides_with_metrics(now, floor) & _sides_with_metrics(then, floor)
+    return common and (
+        bool(rare) or _has_few_others(now, then, floor, told) or _has_few_others(then, now, floor, told)
+    )
 
 
-def _patients_with_others(cases: Sequence[Case], besides: Sequence[Case]) -> int:
-    known = {case.case_id for case in besides}
-    return len({case.patient for case in cases if case.case_id not in known})
+def _has_few_others(
+    cases: Sequence[Case], besides: Sequence[Case], floor: int, told: Collection[str]
+) -> bool:
+    """Whether few patients have cases in the first only; `told` are the sides whose labels metrics tell."""
+    side_of = {case.case_id: case.split for case in besides}
+    groups: dict[str, set[str]] = defaultdict(set)
+    labelled: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for case in cases:
+        if case.case_id not in side_of:
+            groups["all"].add(case.patient)
+        if side_of.get(case.case_id) != case.split:
+            groups[case.split].add(case.patient)
+            labelled[case.split, case.label].add(case.patient)
+    return any(len(patients) < 2 * floor - 1 for patients in groups.values()) or any(
+        len(patients) < floor for (side, _), patients in labelled.items() if side in told
+    )
+
+
+def _sides_with_metrics(cases: Sequence[Case], floor: int) -> set[str]:
+    """Sides whose labels metrics may tell: none is rare there (`evaluation.state.suppressed`)."""
+    counts = Counter((case.split, case.label) for case in cases)
+    return {"validation", "test"} - {side for (side, _), count in counts.items() if count < floor}
 
 
 def _few(labels_of: Mapping[str, list[int]], floor: int, concerns: Callable[[list[int]], bool]) -> set[str]:

@@ -1,10 +1,10 @@
 """Export safe copies of the cohort's studies: `fedward-site cohort deidentify OUT` (hop 3).
 
 What the site declares as its cohort, labelled or not, without excluded cases, and the segmentations,
-reports and structure sets of the same studies. Every copy is made and proven by `dicom/deidentify.py`
-before it is written; a file of which there is no copy stands in the report with a reason. Many files are
-copied by several confined processes, and compressed pixels are decoded in another one. An export that was
-stopped goes on where it was (`export_folder.py`).
+reports and structure sets of the same studies, except of a study in which the operator excluded a case: they
+may be about that one. Every copy is made and proven by `dicom/deidentify.py` before it is written; a file of
+which there is no copy stands in the report with a reason. Confined processes make the copies
+(`export_copies.py`). An export that was stopped goes on where it was (`export_folder.py`).
 
 Reports name a file by its content's digest and its study's pseudonym; file names, which may name
 patients, are for the operator's terminal only.
@@ -15,76 +15,41 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedward_client.cohort import asked_modalities
 from fedward_client.cohort_file import read_cohort_file
+from fedward_client.cohort_grouping import possible_names
 from fedward_client.cohort_units import select_units
 from fedward_client.dicom.byte_scan import Leak
-from fedward_client.dicom.copy_answers import CopyQuestion, NeedsDecodingError
 from fedward_client.dicom.copy_pixels import PixelChange
 from fedward_client.dicom.deidentify import (
     WITHOUT_PICTURE,
     ExportOptions,
     IdentifierLeftError,
     SafeCopy,
-    make_copy,
 )
 from fedward_client.dicom.refusal import Reason, UnusableImageError
-from fedward_client.dicom.sandbox import DecodeSandbox, SiteFile
 from fedward_client.exclusions import is_excluded, read_exclusions
+from fedward_client.export_copies import ExportFile, copies_of
 from fedward_client.export_folder import ExportFolder, KeptCopy
 from fedward_client.index_records import IndexedImage
 from fedward_client.index_store import CaseIndex
-from fedward_client.pseudonyms import load_pseudonym_key, study_code_of
+from fedward_client.pseudonyms import CaseId, case_id_of, load_pseudonym_key, study_code_of
 from fedward_client.site_data import SiteData
-from fedward_client.sources.folder import read_content
 from fedward_common.errors import CohortError, StorageError, UsageError
 
 _COPY_VERSION = 1
 """Grows when the same file would get another copy."""
 
-_FILES_A_PROCESS = 40
-"""Starting a process takes as long as copying so many small files."""
-
-_MAX_PROCESSES = 8
-_COPY_BYTES = 4 * 2**30
-"""Address space of a process: copying holds a file several times over."""
-
-_COPY_S = 100.0
-
 Progress = Callable[[int, int], None]
 """Called with (files done, files in all)."""
-
-
-@dataclass(frozen=True)
-class ExportFile:
-    """One file to be copied.
-
-    Args:
-        content: SHA-256, hex.
-        name: path below the image folder, as the operating system's bytes.
-        study: the site's pseudonym for its study.
-    """
-
-    content: str
-    name: bytes = field(repr=False)
-    study: str
-
-    @property
-    def shown_name(self) -> str:
-        """Its name as text, for the operator's own terminal."""
-        return os.fsdecode(self.name).encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -184,10 +149,22 @@ def export_cohort(
             remedy="Name a folder elsewhere: copies must not be indexed as images of patients.",
         )
     files = files_of_cohort(site)
+    if not files and not out.exists():
+        raise _nothing_to_export()
     own = options.model_copy(update={"gate": read_cohort_file(site.home).gate})
     key = load_pseudonym_key(site.home)
     with ExportFolder(site.home, out, settings_digest(key, own)) as folder:
+        if not files:
+            raise _nothing_to_export(folder.keep_only(frozenset()))
         return export(files, site.dicom, folder, key, own, progress)
+
+
+def _nothing_to_export(num_withdrawn: int = 0) -> CohortError:
+    deleted = f"; {num_withdrawn} copies of files that left the cohort since were deleted"
+    return CohortError(
+        f"there is no image to export{deleted if num_withdrawn else ''}",
+        remedy="See what is in quarantine and why: fedward-site cohort quarantine",
+    )
 
 
 def settings_digest(key: bytes, options: ExportOptions) -> str:
@@ -208,11 +185,7 @@ def _in_order(value: object) -> object:
 
 
 def files_of_cohort(site: SiteData) -> list[ExportFile]:
-    """One file for each content of the cohort's studies, in the order of the contents.
-
-    Raises:
-        CohortError: there is none.
-    """
+    """One file for each content of the cohort's studies, in the order of the contents."""
     file = read_cohort_file(site.home)
     key = load_pseudonym_key(site.home)
     excluded = read_exclusions(site.home)
@@ -221,20 +194,29 @@ def files_of_cohort(site: SiteData) -> list[ExportFile]:
         taken_out = [unit for unit in selected if is_excluded(unit, key, excluded)]
         withheld = {content for unit in taken_out for content, _ in unit.parts}  # may hold other volumes too
         units = [unit for unit in selected if withheld.isdisjoint(content for content, _ in unit.parts)]
-        studies = {unit.image.study: unit.image.patient for unit in units}
+        touched = _studies_of(excluded, index, key)
+        studies = {unit.image.study: unit.image.patient for unit in units if unit.image.study not in touched}
         found = {content: unit.image for unit in units for content, _ in unit.parts}
         found |= {each.content: each for each in _objects(index, studies)}
         names = index.file_names()
-    if not found:
-        raise CohortError(
-            "there is no image to export",
-            remedy="See what is in quarantine and why: fedward-site cohort quarantine",
-        )
     return [
         # One that vanished while it was selected has no name, and is refused when it is to be read.
         ExportFile(content, names.get(content, b""), study_code_of(key, found[content].study))
         for content in sorted(found)
     ]
+
+
+def _studies_of(excluded: Collection[CaseId], index: CaseIndex, key: bytes) -> set[str]:
+    """Studies in which the operator took a case out, also one that is none at the moment."""
+    if not excluded:
+        return set()
+    every = [*index.images("image"), *index.images("image", refused=True)]
+    return {
+        image.study
+        for image in every
+        if image.sop_class not in WITHOUT_PICTURE
+        and any(case_id_of(key, name) in excluded for name in possible_names(image))
+    }
 
 
 def _objects(index: CaseIndex, studies: dict[str, str]) -> Iterable[IndexedImage]:
@@ -263,7 +245,7 @@ def export(
         key: the site's secret of 32 bytes; the same key gives the same pseudonyms.
         options: what stays.
         progress: told after each file.
-        num_processes: that make copies; 0 for this one, by default as many as are worth their start.
+        num_processes: see `copies_of`.
 
     Raises:
         StorageError: a copy cannot be written, or the disk is full.
@@ -277,7 +259,7 @@ def export(
     missing = [file for file in files if file.content not in reports]
     stopped = False
     try:
-        with closing(_copies(missing, root, key, options, num_processes)) as copies:
+        with closing(copies_of(missing, root, key, options, num_processes)) as copies:
             for file, copy in zip(missing, copies, strict=True):
                 reports[file.content] = _settled(file, copy, folder)
                 if progress is not None:
@@ -306,69 +288,3 @@ def _report(file: ExportFile, kept: KeptCopy) -> FileReport:
         num_searched=kept.num_searched,
         num_not_searched=kept.num_not_searched,
     )
-
-
-def _copies(
-    files: Sequence[ExportFile], root: Path, key: bytes, options: ExportOptions, num_processes: int | None
-) -> Generator[SafeCopy | UnusableImageError, None, None]:
-    """Make the copies, in the order of the files."""
-    if not files:
-        return
-    if num_processes is None:
-        most = min(len(os.sched_getaffinity(0)), _MAX_PROCESSES)
-        num_processes = max(1, min(most, len(files) // _FILES_A_PROCESS))  # never here: files are foreign
-    with ExitStack() as resources:
-        decoders = _Decoders(root, resources)
-
-        def make(file: ExportFile) -> SafeCopy | UnusableImageError:
-            try:
-                return make_copy(_read(root, file), key, options, partial(decoders.decode, file))
-            except UnusableImageError as error:
-                return error
-
-        if num_processes == 0:
-            yield from map(make, files)
-            return
-        sandbox = resources.enter_context(
-            DecodeSandbox(num_processes, memory_bytes=_COPY_BYTES, cpu_s=_COPY_S)
-        )
-        question = CopyQuestion(key=key.hex(), options=options).model_dump_json()
-        asked = (SiteFile(root, file.name, file.content, question) for file in files)
-        for file, outcome in zip(files, sandbox.map(asked, "copy"), strict=True):
-            if isinstance(outcome, NeedsDecodingError):
-                yield make(file)
-            elif isinstance(outcome, SafeCopy | UnusableImageError):
-                yield outcome
-            else:
-                yield UnusableImageError(Reason.CHANGED)
-
-
-class _Decoders:
-    """A sandbox that is started when the first compressed picture has to be changed; most never are."""
-
-    def __init__(self, root: Path, resources: ExitStack) -> None:
-        self._root = root
-        self._resources = resources
-        self._sandbox: DecodeSandbox | None = None
-
-    def decode(self, file: ExportFile) -> NDArray[np.integer]:
-        if self._sandbox is None:
-            self._sandbox = self._resources.enter_context(DecodeSandbox(1))
-        (outcome,) = self._sandbox.map([SiteFile(self._root, file.name, file.content)], "stored")
-        if isinstance(outcome, UnusableImageError):
-            raise outcome
-        if not isinstance(outcome, np.ndarray):
-            raise UnusableImageError(Reason.CHANGED)
-        return outcome
-
-
-def _read(root: Path, file: ExportFile) -> bytes:
-    try:
-        content = read_content(root, file.name)
-    except OSError:
-        raise UnusableImageError(Reason.CHANGED) from None
-    if content.sha256 != file.content:
-        raise UnusableImageError(Reason.CHANGED)
-    if content.data is None:
-        raise UnusableImageError(Reason.TOO_LARGE)
-    return content.data

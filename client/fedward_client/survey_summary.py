@@ -31,8 +31,9 @@ def survey_rows(plan: ReadinessPlan) -> list[tuple[str, str]]:
         (
             "Several plans",
             "a survey and training count the same cases; a side of the division with too few patients is in"
-            " neither; cells that differ from an earlier survey's are held back, and a plan for slightly"
-            " other cases is not answered",
+            " neither; cells that differ from an earlier survey's are held back; a survey with another"
+            " min_cases is not answered, nor is a plan, for a survey or for training, whose [data] takes"
+            " slightly other cases, or divides them slightly otherwise, than one answered before it",
         ),
         (
             "Beware",
@@ -55,5 +56,6 @@ def _intensities(plan: ReadinessPlan) -> str:
 def _numbers(plan: ReadinessPlan) -> str:
     return (
         f"cases and patients, cases in each cell, patients of each of the {len(plan.task.labels)} labels,"
-        " images in quarantine, cases whose pixels occur twice, patients on two sides of the division"
+        " studies in quarantine (or at most how many) and, rounded, in use, cases whose pixels occur twice,"
+        " patients on two sides of the division"
     )

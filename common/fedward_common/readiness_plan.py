@@ -95,7 +95,7 @@ class RulesPart(Part):
         min_cases_per_label, min_patients_per_label: at every site, for every label.
         min_label_share: share of the rarest label at every site.
         max_repeated_share: share of cases whose pixels equal those of another case of the site.
-        max_refused_share: share of all images that stand in quarantine.
+        max_refused_share: share of studies that stand in quarantine; one used in part counts as its share.
         max_torn_patients: patients of whom a site has cases on two sides of its division.
         max_label_distance ... max_slice_distance: Jensen-Shannon distance, 0 (equal) to 1 (disjoint).
         min_intensity_overlap: common area of two intensity histograms, 0 (disjoint) to 1 (equal).

@@ -3,14 +3,16 @@
 Every table counts the same cases once each, so that its cells add up to `num_cases`; the last cell takes
 what is unknown. Tables are never crossed. The state is what is released: a site first holds back small
 cells (`fedward_client.suppression`), which then read 0, as do enough others that no one of them can be had
-by subtraction. So 0 means none, or none that may be told, and every other count is at least the floor.
+by subtraction. So 0 means none, or none that may be told, and every other count is at least the floor (but
+for the bound of `refused`, which may be one below it).
 Adding states of sites adds what was released, number for number.
 
 Names and shapes:
 
     num_cases       (1,)    cases whose images could be decoded; of patients with several, one if they are few
     num_patients    (1,)    patients they belong to
-    refused         (1,)    images in quarantine, of as many studies as the floor asks for
+    refused         (3,)    studies in quarantine; at most how many, where that is held back as well; and
+                            studies in use, rounded down to a multiple of the site's floor
     label_patients  (C + 1,) patients all of whose cases have the label, and those with several labels
     torn            (2,)    patients with cases on two sides of the division, and all others
     repeated        (2,)    cases whose pixels equal those of another case, and all others
@@ -60,7 +62,7 @@ def survey_layout(plan: ReadinessPlan) -> dict[str, tuple[int, ...]]:
     return {
         "num_cases": (1,),
         "num_patients": (1,),
-        "refused": (1,),
+        "refused": (3,),
         "label_patients": (len(plan.task.labels) + 1,),
         "torn": (2,),
         "repeated": (2,),
@@ -131,9 +133,17 @@ def check_survey(
     _check_table("torn", state["torn"], num_patients, floor)
     _check_table("repeated", state["repeated"], num_cases, floor)
     _check_table("intensity", state["intensity"], num_cases * CASE_WEIGHT, 1)
-    if 0 < state["refused"][0] < floor:
-        raise _impossible("refused is below the floor")
+    _check_refused(state["refused"], floor)
     _check_labels(state, num_cases, num_patients, floor)
+
+
+def _check_refused(refused: NDArray[np.int64], floor: int) -> None:
+    """Nothing is refused, fewer studies than some floor that is not lower, or a number that may be told."""
+    told, most, num_used = (int(count) for count in refused)
+    if told < floor if told else 0 < most < floor - 1:
+        raise _impossible("refused is below the floor")
+    if told not in (0, most) or num_used < floor:
+        raise _impossible("refused contradicts itself")
 
 
 def _check_labels(

@@ -80,7 +80,7 @@ def _figures(report: ReadinessReport) -> tuple[Figure, ...]:
         Figure("Sites", f"{ready} of {len(report.sites)}", f"meet every rule{note}"),
         Figure("Cases", _told(counts["num_cases"][0]), "whose images can be used"),
         Figure("Patients", _told(counts["num_patients"][0]), "counted at each site by itself"),
-        Figure("In quarantine", _told(counts["refused"][0]), "images that cannot be used"),
+        Figure("In quarantine", _refused_cell(counts).text, "studies whose images cannot be used"),
     )
 
 
@@ -116,11 +116,20 @@ def _overview_cells(counts: Counts | None, is_whole: Mapping[str, bool] | None =
     """Cells of one site, or of all; `is_whole` is False for what some of the sites hold back."""
     if counts is None or not counts["num_cases"][0]:
         return (Cell(MISSING, note="held back"),) * 5
-    sizes = (counts[name][0] for name in ("num_cases", "num_patients", "refused"))
+    sizes = (counts[name][0] for name in ("num_cases", "num_patients"))
     return (
         *(Cell(_told(size), size) for size in sizes),
+        _refused_cell(counts),
         *(_pair_cell(counts[name], (is_whole or {}).get(name, True)) for name in _PAIRS),
     )
+
+
+def _refused_cell(counts: Counts) -> Cell:
+    """Studies in quarantine, or between what two numbers they are."""
+    told, most, _ = counts["refused"]
+    if told == most:
+        return Cell(f"{told:,}", told)
+    return Cell(f"{told:,} to {most:,}" if told else f"fewer than {most + 1:,}", told)
 
 
 def _pair_cell(told: Sequence[int], is_whole: bool) -> Cell:
@@ -173,7 +182,9 @@ def _comparison_row(site: SiteReadiness, names: Sequence[str]) -> tuple[Cell, ..
     values = [(f"max_{name}_distance", comparison.distances[name]) for name in names]
     values.append(("min_intensity_overlap", comparison.intensity_overlap))
     cells = (
-        Cell(MISSING if value is None else f"{value:.2f}", value, "down" if rule in failed else "")
+        Cell(MISSING, note="too much is held back")
+        if value is None
+        else Cell(f"{value:.2f}", value, "down" if rule in failed else "")
         for rule, value in values
     )
     return (Cell(site.site, site.site), *cells)

@@ -24,7 +24,8 @@ class Reason(_Part):
     """One rule, and what a site has to do with it.
 
     Attributes:
-        level: "stop" is a rule that is not met; "note" is something that could not be judged.
+        level: "stop" is a rule that is not met, or cannot be shown to be; "note" is something that is held
+            back and yet cannot break its rule.
         rule: its name in the plan's table of rules.
         text: what was found and what is required.
         remedy: what the site can do, or the coordinator.

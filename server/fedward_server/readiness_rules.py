@@ -1,8 +1,9 @@
 """Go or no-go: hold what sites released against the rules that the plan declared.
 
 Pure functions of counts. A count that a site held back is never guessed: where a rule depends on it and
-cannot be shown to hold, the rule is not met, and the reason says that the count is held back. Every site is
-compared with all other sites together, so that the largest does not compare itself with itself.
+cannot be shown to hold, the rule is not met, and the reason says that the count is held back. Where a bound
+of the count shows that it holds, a note says so. Every site is compared with all other sites together, so
+that the largest does not compare itself with itself.
 """
 
 from __future__ import annotations
@@ -158,7 +159,10 @@ def _total(table: str, state: State) -> int:
     return int(state["num_cases"][0]) * (CASE_WEIGHT if table == "intensity" else 1)
 
 
-_IF_HELD_BACK = "Use fewer, wider cells; if an earlier survey told this table, use its cells."
+_IF_HELD_BACK = (
+    "Use fewer, wider cells in a new plan; if an earlier survey told this table, use its cells. Where the"
+    " table does not matter, rules.{} = {} asks for nothing."
+)
 _REMEDIES: Mapping[str, str] = {
     "min_cases": "Add cases",
     "min_patients": "Add patients",
@@ -191,6 +195,10 @@ def remedy_of(rule: str) -> str:
     return f"{_REMEDIES[rule]}; or {change} rules.{rule} in a new plan."
 
 
+def _laxest(rule: str) -> str:
+    return "1.0" if rule.startswith("max_") else "0.0"
+
+
 @dataclass(frozen=True)
 class _Site:
     """One site under judgement; `fail` and `note` make reasons about it."""
@@ -211,19 +219,18 @@ class _Site:
         return Reason(level="stop", site=self.name, rule=rule, text=text, remedy=remedy_of(rule))
 
     def note(self, rule: str, text: str) -> Reason:
-        return Reason(
-            level="note",
-            site=self.name,
-            rule=rule,
-            text=text,
-            remedy=_IF_HELD_BACK if "label" not in rule else "",
-        )
+        return Reason(level="note", site=self.name, rule=rule, text=text)
+
+    def open(self, rule: str, text: str) -> Reason:
+        """A rule that cannot be shown to hold, because a table is held back."""
+        change = remedy_of(rule) if "label" in rule else _IF_HELD_BACK.format(rule, _laxest(rule))
+        return Reason(level="stop", site=self.name, rule=rule, text=text, remedy=change)
 
 
 def judge_site(
     name: str, state: State | None, plan: ReadinessPlan, comparison: Comparison | None
 ) -> list[Reason]:
-    """Every rule that a site does not meet ("stop"), and what could not be judged ("note")."""
+    """Every rule that a site is not shown to meet ("stop"), and what is held back without harm ("note")."""
     if state is None:
         floor = plan.privacy.min_cases
         text = f"everything is held back: the site has too few patients ({2 * floor - 1} are needed, or more"
@@ -309,7 +316,7 @@ def _balance(site: _Site) -> list[Reason]:
 
 def _defects(site: _Site) -> list[Reason]:
     rules, state, reasons = site.plan.rules, site.state, []
-    torn, repeated, refused = int(state["torn"][0]), int(state["repeated"][0]), int(state["refused"][0])
+    torn, repeated = int(state["torn"][0]), int(state["repeated"][0])
     # Of two numbers that are held back either may be the small one, and the site's floor is not known here.
     if not state["torn"].any():
         if rules.max_torn_patients < site.num_patients:
@@ -325,11 +332,22 @@ def _defects(site: _Site) -> list[Reason]:
     elif repeated > rules.max_repeated_share * site.num_cases:
         text = f"{repeated:,} of {site.num_cases:,} cases have the pixels of another one"
         reasons.append(site.fail("max_repeated_share", f"{text}, {rules.max_repeated_share:.1%} permitted"))
-    share = refused / (refused + site.num_cases)
-    if share > rules.max_refused_share:
-        text = f"{refused:,} images are in quarantine, {share:.1%} of all"
-        reasons.append(site.fail("max_refused_share", f"{text}; {rules.max_refused_share:.1%} permitted"))
-    return reasons
+    return [*reasons, *_quarantine(site)]
+
+
+def _quarantine(site: _Site) -> list[Reason]:
+    """The share in quarantine, by what is told of the number: itself, or that it is below some bound."""
+    told, most, num_used = (int(count) for count in site.state["refused"])
+    permitted = site.plan.rules.max_refused_share
+    share = most / (most + num_used) if most else 0.0
+    if told:
+        text = f"{told:,} studies are in quarantine, {share:.1%} of all"
+        return [site.fail("max_refused_share", f"{text}; {permitted:.1%} permitted")] * (share > permitted)
+    text = f"fewer than {most + 1:,} studies are in quarantine (how many is held back), "
+    text += f"at most {share:.1%} of all"
+    if share > permitted:
+        return [site.fail("max_refused_share", f"{text}; {permitted:.1%} permitted")]
+    return [site.note("max_refused_share", f"{text}; {permitted:.1%} permitted")] if most else []
 
 
 def _comparisons(site: _Site, comparison: Comparison) -> list[Reason]:
@@ -338,7 +356,8 @@ def _comparisons(site: _Site, comparison: Comparison) -> list[Reason]:
         most = COMPARED[table](rules)
         rule = f"max_{table}_distance"
         if distance is None and most < 1:
-            reasons.append(site.note(rule, f"{table} is not compared: too much is held back"))
+            where = _where_held_back(site, table)
+            reasons.append(site.open(rule, f"{table} cannot be compared: too much is held back {where}"))
         elif distance is not None and distance > most:
             text = f"{table} differs from all other sites by {distance:.2f}, {most:.2f} permitted"
             if table in comparison.shifts:
@@ -347,12 +366,17 @@ def _comparisons(site: _Site, comparison: Comparison) -> list[Reason]:
             reasons.append(site.fail(rule, text))
     least, common = rules.min_intensity_overlap, comparison.intensity_overlap
     if common is None and least > 0:
-        reasons.append(
-            site.note("min_intensity_overlap", "intensities are not compared: too much is held back")
-        )
+        text = "intensities cannot be compared: too much is held back"
+        text += f" {_where_held_back(site, 'intensity')}"
+        reasons.append(site.open("min_intensity_overlap", text))
     elif common is not None and common < least:
         text = f"intensities overlap with all other sites by {common:.2f}, {least:.2f} required"
         if comparison.medians is not None:
             text += ": median {:.4g} here, {:.4g} elsewhere".format(*comparison.medians)
         reasons.append(site.fail("min_intensity_overlap", text))
     return reasons
+
+
+def _where_held_back(site: _Site, table: str) -> str:
+    is_here = shares_of(site.state[table], _total(table, site.state)) is None
+    return "here" if is_here else "at the other sites"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +18,16 @@ import pytest
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
-from fedward_client import label_sources, safe_export, text_sampling
+from fedward_client import export_copies, export_folder, label_sources, safe_export, text_sampling
 from fedward_client.dicom.deidentify import ExportOptions, make_copy
 from fedward_client.dicom.refusal import Reason
+from fedward_client.export_copies import ExportFile
 from fedward_client.export_folder import EXPORTS_FOLDER, ExportFolder
 from fedward_client.index import index_folder
 from fedward_client.index_store import CaseIndex
 from fedward_client.labels import LabelConfig
+from fedward_client.pseudonyms import load_pseudonym_key
 from fedward_client.safe_export import (
-    ExportFile,
     ExportReport,
     export,
     export_cohort,
@@ -33,9 +36,12 @@ from fedward_client.safe_export import (
 )
 from fedward_client.site_data import SiteData
 from fedward_common.errors import CohortError, StorageError, UsageError
+from fedward_common.files import write_atomically
+from fedward_common.home_lock import lock_home
 from tests.builders import a_dicom, a_site
 
 KEY = bytes(32)
+UNFINISHED = ".unfinished"
 OPTIONS = ExportOptions()
 NAMED: dict[str, Any] = {"PatientName": "Kowalczyk^Bronislawa", "BurnedInAnnotation": "NO"}
 
@@ -54,6 +60,19 @@ def exported(site: SiteData, out: Path, files: list[ExportFile] | None = None, *
 
 def in_folder(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def left_by_a_power_failure(site: SiteData, out: Path, key: bytes = KEY) -> None:
+    """Export all, and leave the folder as it is when nothing was tidied up."""
+    with ExportFolder(site.home, out, settings_digest(key, OPTIONS)) as folder:
+        export(files_of_cohort(site), site.dicom, folder, key, OPTIONS)
+        shutil.copytree(out / UNFINISHED, out.with_name("as it was"))
+    shutil.move(out.with_name("as it was"), out / UNFINISHED)
+
+
+def cut_off_ledger(site: SiteData) -> None:
+    (ledger,) = (site.home / EXPORTS_FOLDER).glob("*.jsonl")
+    ledger.write_text(ledger.read_text()[:-40])
 
 
 def stop_after(count: int) -> Callable[[int, int], None]:
@@ -76,7 +95,7 @@ def test_stopped_export_goes_on_and_ends_as_one_that_was_not_stopped(
         made.append(len(data))
         return make_copy(data, *rest)
 
-    monkeypatch.setattr(safe_export, "make_copy", noted)
+    monkeypatch.setattr(export_copies, "make_copy", noted)
     second = exported(site, out, num_processes=0)
     assert (second.stopped, second.num_kept, len(second.written), len(made)) == (False, 2, 6, 4)
     exported(site, tmp_path / "whole")
@@ -147,17 +166,142 @@ def test_settings_have_one_digest_in_every_process() -> None:
 
 def test_ledger_stays_at_home_and_survives_a_line_cut_off(tmp_path: Path) -> None:
     site, out = a_cohort(tmp_path / "data"), tmp_path / "out"
-    exported(site, out)
+    left_by_a_power_failure(site, out)
     (ledger,) = (site.home / EXPORTS_FOLDER).glob("*.jsonl")
     assert ledger.stat().st_mode & 0o777 == 0o600
     originals = {file.content for file in files_of_cohort(site)}
     assert {json.loads(line)["content"] for line in ledger.read_text().splitlines()[1:]} == originals
-    everything = b"".join(in_folder(out).values()) + repr(sorted(in_folder(out))).encode()
+    everything_there = in_folder(out)
+    everything = b"".join(everything_there.values()) + repr(sorted(everything_there)).encode()
     assert not any(content.encode() in everything for content in originals)
-    ledger.write_text(ledger.read_text()[:-40])
-    whole = in_folder(out)
+    cut_off_ledger(site)
     assert exported(site, out).num_kept == 5  # the copy without a note is deleted, and made again
+    assert in_folder(out).keys() == {name for name in everything_there if not name.startswith(UNFINISHED)}
+
+
+def test_a_copy_without_a_note_is_deleted_though_its_original_has_left_the_cohort(tmp_path: Path) -> None:
+    site, out = a_cohort(tmp_path / "data"), tmp_path / "out"
+    left_by_a_power_failure(site, out)
+    (ledger,) = (site.home / EXPORTS_FOLDER).glob("*.jsonl")
+    lost = json.loads(ledger.read_text().splitlines()[-1])
+    cut_off_ledger(site)
+
+    report = exported(site, out, [each for each in files_of_cohort(site) if each.content != lost["content"]])
+
+    assert (report.num_kept, report.num_withdrawn) == (5, 0)
+    assert len(in_folder(out)) == 5
+    assert lost["copy"] not in in_folder(out)
+
+
+def test_copies_of_another_home_are_refused_and_stay(tmp_path: Path) -> None:
+    site, other = a_cohort(tmp_path / "data", 3), a_cohort(tmp_path / "other", 4)
+    out = tmp_path / "out"
+    export_cohort(site, out, OPTIONS)
+    shutil.move(out, tmp_path / "delivered")
+    export_cohort(other, out, OPTIONS)
+    whole = in_folder(out)
+
+    with pytest.raises(StorageError, match="holds other files too"):
+        export_cohort(site, out, OPTIONS)
+
     assert in_folder(out) == whole
+    assert not (out / UNFINISHED).exists()
+    assert export_cohort(other, out, OPTIONS).num_kept == 4
+
+
+def test_what_another_home_left_when_it_was_killed_is_refused_and_stays(tmp_path: Path) -> None:
+    site, other = a_cohort(tmp_path / "data", 3), a_cohort(tmp_path / "other", 4)
+    out = tmp_path / "out"
+    exported(site, out)
+    shutil.move(out, tmp_path / "delivered")
+    left_by_a_power_failure(other, out, load_pseudonym_key(other.home))
+    (out / UNFINISHED / "draft").write_bytes(b"half a copy")
+    whole = in_folder(out)
+    del whole[f"{UNFINISHED}/lock"]
+
+    with pytest.raises(StorageError, match="holds other files too"):
+        exported(site, out)
+
+    assert in_folder(out) == whole
+    assert export_cohort(other, out, OPTIONS).num_kept == 4
+    assert not (out / UNFINISHED).exists()
+
+
+def test_two_homes_do_not_export_into_one_folder_at_a_time(tmp_path: Path) -> None:
+    site, other, out = a_cohort(tmp_path / "data", 2), a_cohort(tmp_path / "other", 2), tmp_path / "out"
+    with ExportFolder(site.home, out, settings_digest(KEY, OPTIONS)) as folder:
+        with pytest.raises(UsageError, match="another export"):
+            exported(other, out)
+        export(files_of_cohort(site), site.dicom, folder, KEY, OPTIONS)
+    assert len(in_folder(out)) == 2
+    assert not (out / UNFINISHED).exists()
+
+
+def test_a_lock_that_its_holder_has_just_deleted_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, out = a_cohort(tmp_path / "data", 2), tmp_path / "out"
+
+    def too_late(file: Path, **how: Any) -> int:
+        lock = lock_home(file, **how)
+        if file.parent.name == UNFINISHED:
+            file.unlink()
+        return lock
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_folder, "lock_home", too_late)
+        with pytest.raises(UsageError, match="another export"):
+            exported(site, out)
+    assert exported(site, out).num_kept == 0
+    assert len(in_folder(out)) == 2
+
+
+def test_a_link_in_place_of_the_drafts_leads_nowhere(tmp_path: Path) -> None:
+    site, out, elsewhere = a_cohort(tmp_path / "data", 2), tmp_path / "out", tmp_path / "elsewhere"
+    exported(site, out)
+    elsewhere.mkdir()
+    (elsewhere / "lock").write_text("somebody's")
+    (out / UNFINISHED).symlink_to(elsewhere)
+    with pytest.raises(StorageError, match="holds other files too"):
+        exported(site, out)
+    assert (elsewhere / "lock").read_text() == "somebody's"
+    assert (out / UNFINISHED).is_symlink()
+
+
+def test_copies_are_withdrawn_when_everything_has_left_the_cohort(tmp_path: Path) -> None:
+    site, out = a_cohort(tmp_path / "data"), tmp_path / "out"
+    export_cohort(site, out, OPTIONS)
+    (site.home / "cohort.toml").write_text('views = ["LL"]\n')
+
+    with pytest.raises(CohortError, match=r"no image to export; 6 copies .* were deleted"):
+        export_cohort(site, out, OPTIONS)
+
+    assert list(out.iterdir()) == []
+    with pytest.raises(CohortError, match=r"no image to export$"):
+        export_cohort(site, tmp_path / "new", OPTIONS)
+    assert not (tmp_path / "new").exists()
+
+
+def test_full_disk_while_copies_are_withdrawn_is_named_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, out = a_cohort(tmp_path / "data"), tmp_path / "out"
+    exported(site, out)
+    some = files_of_cohort(site)[2:]
+    done: list[Path] = []
+
+    def full_at_the_second(path: Path, data: bytes) -> None:
+        if done:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomically(path, data)
+        done.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_folder, "write_atomically", full_at_the_second)
+        with pytest.raises(StorageError, match="cannot be noted: No space left"):
+            exported(site, out, some)
+    report = exported(site, out, some)
+    assert (report.num_kept, len(in_folder(out))) == (4, 4)
 
 
 def test_two_exports_into_one_folder_at_a_time_are_refused(tmp_path: Path) -> None:

@@ -206,6 +206,19 @@ def test_a_study_that_its_archive_is_still_receiving_is_still_arriving(tmp_path:
     assert num_slices(site) == [8, 8]
 
 
+def test_a_spool_left_from_before_holds_up_nothing_in_another_folder(tmp_path: Path) -> None:
+    site = a_folder_of(tmp_path, VOLUMES)
+    spool_root(site.home).mkdir(parents=True)
+    manifest = Manifest(spool_root(site.home).parent)
+    manifest.announce(a_uid("series a"), 9)
+    manifest.may_grow(a_uid("study b"), 8, time.time())
+    manifest.close()
+
+    index_folder(site)
+
+    assert num_slices(site) == [8, 8]
+
+
 def test_an_acquisition_of_which_there_is_less_than_it_says_is_still_arriving(tmp_path: Path) -> None:
     site = a_place(tmp_path, VOLUMES)
     for name, said in (("a", 8), ("b", 9)):

@@ -7,6 +7,7 @@ for the site: each patient has one case, and the reader knows that, the rules an
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ from hypothesis import strategies as st
 from pydicom import dcmread
 
 from fedward_client.cohort import Case, open_cohort
+from fedward_client.index import index_folder
+from fedward_client.index_store import CaseIndex
 from fedward_client.labels import SPLITS, SplitName
 from fedward_client.pseudonyms import load_pseudonym_key, patient_code_of
 from fedward_client.readiness import FINDINGS_FILE, SurveyedCase, released, survey, weighted
@@ -39,7 +42,7 @@ from fedward_client.site_data import SiteData
 from fedward_common.errors import CohortError, RefusalCode
 from fedward_common.plan import ReadinessPlan
 from fedward_common.plan_parts import DataPart
-from tests.builders import a_site
+from tests.builders import a_site, a_uid, write_labels
 from tests.readiness_builders import a_readiness_plan, surveyed
 
 Origins = dict[object, list[tuple[int, ...]]]
@@ -177,7 +180,7 @@ def test_two_surveys_with_other_cells_together_tell_of_no_few_patients(
     floor = 3
     plans = a_bare_plan(floor, age_edges=first), a_bare_plan(floor, age_edges=second)
     site = an_empty_site(tmp_path)
-    remember_survey(plans[0], site, held_back_tables(plans[0], site))
+    remember_survey(plans[0], site, held_back_tables(plans[0], site), floor)
     held_back = held_back_tables(plans[1], site)
     origins: Origins = defaultdict(list)
     for counts in cohorts_up_to(most, len(ages)):
@@ -201,9 +204,9 @@ def test_what_decides_that_a_table_is_held_back_is_the_first_survey_alone(tmp_pa
     site = an_empty_site(tmp_path)
     first, other = a_readiness_plan(), a_readiness_plan(survey={"age_edges": (18, 41), "scanners": ("GE",)})
     assert held_back_tables(first, site) == set()
-    remember_survey(first, site, set())
+    remember_survey(first, site, set(), 5)
     assert held_back_tables(other, site) == {"age", "scanner"}
-    remember_survey(other, site, {"age", "scanner"})
+    remember_survey(other, site, {"age", "scanner"}, 5)
     assert held_back_tables(first, site) == set()  # asked again in its own cells, nothing new is told
     volumes = a_readiness_plan(data={"modalities": ("CT",)}, survey={"age_edges": (50,)})
     assert held_back_tables(volumes, site) == set()  # these are other images
@@ -281,9 +284,130 @@ def test_a_survey_after_training_with_another_division_is_not_answered(tmp_path:
         survey(a_bare_plan(5), site, min_cases=5)
 
 
+def test_surveys_with_other_floors_are_not_both_answered(tmp_path: Path) -> None:
+    """With a test side of five, counted at five and left out at six, the two would differ by these five."""
+    sides = ["train"] * 40 + ["validation"] * 20 + ["test"] * 5
+    site = a_site(tmp_path, num_patients=65, images_per_patient=1, split=sides.__getitem__)
+    assert survey(a_bare_plan(5), site, min_cases=5)["num_cases"].tolist() == [65]
+    for plan, own in ((a_bare_plan(6), 5), (a_bare_plan(5), 6), (a_bare_plan(3), 3)):
+        with pytest.raises(TooCloseError, match="fewer than 5") as refused:
+            survey(plan, site, min_cases=own)
+        assert "min_cases = 5" in refused.value.remedy
+    assert survey(a_bare_plan(3), site, min_cases=5)["num_cases"].tolist() == [65]  # its floor is five too
+
+
+def test_training_with_another_floor_than_a_survey_is_answered_where_it_counts_the_same(
+    tmp_path: Path,
+) -> None:
+    sides = ["train"] * 40 + ["validation"] * 20 + ["test"] * 7
+    site = a_site(tmp_path, num_patients=67, images_per_patient=1, split=sides.__getitem__)
+    survey(a_bare_plan(5), site, min_cases=5)
+    assert len(cases_to_train(DataPart(), replace(site, min_patients=7), cases_of(site))) == 67
+    with pytest.raises(TooCloseError) as refused:
+        cases_to_train(DataPart(), replace(site, min_patients=8), cases_of(site))
+    assert "min_cases 5" in refused.value.remedy
+
+
+def divided_site(folder: Path, num_patients: int = 60) -> tuple[SiteData, DataPart, DataPart]:
+    """A site, and two divisions that put one patient on different sides."""
+    site = replace(a_site(folder, num_patients=num_patients, images_per_patient=1), min_patients=5)
+    index_folder(site)
+    first = DataPart(test_fraction=0.3, validation_fraction=0.25)
+    tests = {case.patient for case in cases_of(site, first) if case.split == "test"}
+    for share in range(301, 400):
+        other = first.model_copy(update={"test_fraction": share / 1000})
+        moved = {case.patient for case in cases_of(site, other) if case.split == "test"} - tests
+        if moved:
+            assert len(moved) == 1
+            return site, first, other
+    raise AssertionError
+
+
+def test_two_trainings_that_divide_a_patient_otherwise_are_not_both_answered(tmp_path: Path) -> None:
+    """Metrics of the two would tell the patient's label."""
+    site, first, other = divided_site(tmp_path, num_patients=120)
+    cases_to_train(first, site, cases_of(site, first))
+    with pytest.raises(TooCloseError) as refused:
+        cases_to_train(other, site, cases_of(site, other))
+    assert "test_fraction 0.3," in refused.value.remedy
+    cases_to_train(first, site, cases_of(site, first))
+    far = DataPart(split_seed=7, test_fraction=0.3, validation_fraction=0.25)
+    cases_to_train(far, site, cases_of(site, far))  # enough change sides
+
+
+def test_of_two_plans_that_come_to_differ_the_first_goes_on(tmp_path: Path) -> None:
+    """Patients arrive one by one: were both refused then, the site could train no more."""
+    site, first, other = divided_site(tmp_path)
+    (site.home / "cohort.toml").write_text("[labels.limits]\nimages_without_row = 0.1\n")
+    whole = site.labels.read_text()
+    far = {case.case_id: case.split for case in cases_of(site, other)}
+    (moved,) = (case for case in cases_of(site, first) if far[case.case_id] != case.split)
+    with CaseIndex(site.home) as index:
+        uid = next(each.sop_instance for each in index.images() if each.content == moved.content)
+    site.labels.write_text("".join(row for row in whole.splitlines(keepends=True) if uid not in row))
+    for data in (first, other):  # they are the same as long as that patient is not there
+        cases_to_train(data, site, cases_of(site, data))
+    site.labels.write_text(whole)
+    assert survey(a_readiness_plan(data=first.model_dump()), site, min_cases=5)["num_cases"].any()
+    assert len(cases_to_train(first, site, cases_of(site, first))) == 60
+    with pytest.raises(TooCloseError):
+        cases_to_train(other, site, cases_of(site, other))
+
+
+def test_few_of_a_label_that_change_sides_are_few() -> None:
+    """Twenty patients more are tested, but three of them have the label."""
+    kinds = [(0, "train")] * 60 + [(1, "train")] * 40 + [(0, "test")] * 20 + [(1, "test")] * 20
+    then = [one_case(number, *kind).case for number, kind in enumerate(kinds)]
+
+    def moved(zeros: int, ones: int) -> list[Case]:
+        chosen = {*range(zeros), *range(60, 60 + ones)}
+        return [replace(case, split="test") if n in chosen else case for n, case in enumerate(then)]
+
+    assert differ_by_few(moved(17, 3), then, 5)
+    assert differ_by_few(then, moved(17, 3), 5)
+    assert differ_by_few(moved(4, 4), then, 5)
+    assert not differ_by_few(moved(15, 5), then, 5)
+    assert not differ_by_few(then, then, 5)
+
+
+def test_an_earlier_plan_whose_images_are_gone_stands_in_nobody_s_way(tmp_path: Path) -> None:
+    site = a_site(tmp_path, num_patients=40, images_per_patient=1, split=lambda _: "train", Modality="CR")
+    survey(a_readiness_plan(data={"modalities": ("CR",)}), site, min_cases=5)
+    shutil.rmtree(site.dicom)
+    newer = a_site(
+        tmp_path / "n", num_patients=40, images_per_patient=1, split=lambda _: "train", Modality="DX"
+    )
+    shutil.move(newer.dicom, site.dicom)
+    assert survey(a_readiness_plan(data={"modalities": ("CR", "DX")}), site, min_cases=5)["num_cases"].any()
+
+
+def test_a_survey_holds_back_what_an_earlier_one_told_in_other_cells(tmp_path: Path) -> None:
+    site = a_site(tmp_path, num_patients=40, images_per_patient=1, split=lambda _: "train", PatientAge="050Y")
+    first = survey(a_readiness_plan(survey={"age_edges": (40,)}), site, min_cases=5)
+    again = survey(a_readiness_plan(survey={"age_edges": (45,)}), site, min_cases=5)
+    assert first["age"].tolist() == [0, 40, 0]
+    assert again["age"].tolist() == [0, 0, 0]
+    assert again["sex"].tolist() == first["sex"].tolist() != [0, 0, 0]
+
+
+def test_patients_on_two_sides_are_named_to_the_operator(tmp_path: Path) -> None:
+    site = a_site(tmp_path, num_patients=20, images_per_patient=2)
+    rows = [
+        [a_uid(f"{patient}-{image}"), 0, "test" if image and patient == 3 else "train"]
+        for patient in range(20)
+        for image in range(2)
+    ]
+    write_labels(site.labels, rows, ["SOPInstanceUID", "label", "split"])
+    survey(a_bare_plan(5), site, min_cases=5)
+    findings = json.loads((site.home / TOLD / FINDINGS_FILE).read_text())
+    (torn,) = patients_of(site, (3,))
+    cases = open_cohort(site, DataPart(), torn_patients=True).cases
+    assert findings["on_two_sides"] == [sorted(case.case_id for case in cases if case.patient == torn)]
+
+
 def test_a_record_that_cannot_be_read_stops_every_answer(tmp_path: Path) -> None:
     site = an_empty_site(tmp_path)
-    remember_survey(a_bare_plan(5), site, set())
+    remember_survey(a_bare_plan(5), site, set(), 5)
     (record,) = (site.home / TOLD).iterdir()
     assert record.stat().st_mode & 0o777 == 0o600
     record.write_text("{")
@@ -305,6 +429,7 @@ def test_equal_pixels_under_other_uids_are_named_to_the_operator_alone(tmp_path:
     for patient in (1, 2):
         copy = dcmread(site.dicom / f"{patient}-0.dcm")
         copy.PixelData = first.PixelData
+        copy.WindowCenter, copy.WindowWidth = 100 + patient, 200  # what is shown differs
         copy.save_as(site.dicom / f"{patient}-0.dcm")
     state = survey(a_bare_plan(5), site, min_cases=5)
     assert state["repeated"].tolist() == [0, 0]  # of three patients: held back
@@ -323,7 +448,7 @@ def patients_of(site: SiteData, numbers: Sequence[int]) -> set[str]:
 
 def test_a_simulation_begins_anew(tmp_path: Path) -> None:
     site = an_empty_site(tmp_path)
-    remember_survey(a_readiness_plan(), site, set())
+    remember_survey(a_readiness_plan(), site, set(), 5)
     forget_told(site.home)
     assert held_back_tables(a_readiness_plan(survey={"age_edges": (50,)}), site) == set()
     forget_told(tmp_path / "nowhere")

@@ -8,7 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,23 +21,25 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UltrasoundImageStorage
+from pydicom.uid import SegmentationStorage, UltrasoundImageStorage
 
-from fedward_client import cli, safe_export
+from fedward_client import cli, export_copies, safe_export
 from fedward_client.dicom import deidentify
 from fedward_client.dicom.deidentify import ExportOptions, make_copy
 from fedward_client.dicom.gate import Box
 from fedward_client.dicom.refusal import Reason, UnusableImageError
 from fedward_client.dicom.safe_copy import clean
-from fedward_client.dicom.sandbox import DecodeSandbox, SiteFile
-from fedward_client.dicom.stored_pixels import decode_stored
+from fedward_client.dicom.sandbox import DecodeSandbox, SiteFile, What
+from fedward_client.exclusions import exclude_case, include_case
+from fedward_client.export_copies import ExportFile
 from fedward_client.export_folder import ExportFolder
 from fedward_client.index import index_folder
-from fedward_client.safe_export import ExportFile, ExportReport, export, export_cohort, settings_digest
+from fedward_client.pseudonyms import case_id_of, load_pseudonym_key
+from fedward_client.safe_export import ExportReport, export, export_cohort, settings_digest
 from fedward_client.site_data import SiteData
 from fedward_client.text_sampling import sample_text
 from fedward_common.errors import CohortError, StorageError
-from tests.builders import a_dicom, a_disk_of, a_site, a_uid
+from tests.builders import a_dataset, a_dicom, a_disk_of, a_site, a_uid, encode
 from tests.federations import a_federation
 from tests.integration.deployment import free_ports
 
@@ -163,7 +165,7 @@ def test_few_files_are_copied_in_a_confined_process_as_well(
 ) -> None:
     site = a_site(tmp_path / "data", num_patients=2, images_per_patient=1, **NAMED)
     index_folder(site)
-    monkeypatch.setattr(safe_export, "make_copy", None)
+    monkeypatch.setattr(export_copies, "make_copy", None)
 
     assert len(exported(site, tmp_path / "out").written) == 2
 
@@ -193,7 +195,7 @@ def test_stopped_command_says_what_is_done_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(safe_export, "export", partial(export, num_processes=0))
-        patch.setattr(safe_export, "make_copy", stopped_at_the_third)
+        patch.setattr(export_copies, "make_copy", stopped_at_the_third)
         said = run("cohort", "deidentify", out, "--home", home)
         assert said.code == 130
         assert "2 of 4 files have a safe copy" in said.out
@@ -323,6 +325,55 @@ def test_excluded_case_and_empty_cohort_are_not_exported(run: Run, federation: P
     assert "fedward-site cohort quarantine" in said.err
 
 
+def a_study_with_objects(folder: Path) -> SiteData:
+    """Two pictures of one study, a segmentation of the first, and an object that is another patient's."""
+    study = {"StudyInstanceUID": a_uid("s"), **NAMED}
+    site = a_site(folder, num_patients=1, images_per_patient=2, **study)
+    for name, patient in (("own", "P0"), ("alien", "P7")):
+        dataset = a_dataset(PatientID=patient, Modality="SEG", SOPInstanceUID=a_uid(name), **study)
+        dataset.SOPClassUID = SegmentationStorage
+        (site.dicom / f"{name}.dcm").write_bytes(encode(dataset))
+    index_folder(site)
+    return site
+
+
+def names_of(site: SiteData) -> set[str]:
+    return {file.name.decode() for file in files_of(site)}
+
+
+def case_of(site: SiteData, sop_instance: str) -> str:
+    return case_id_of(load_pseudonym_key(site.home), sop_instance)
+
+
+def test_objects_of_a_study_leave_with_it_but_not_those_of_another_patient(tmp_path: Path) -> None:
+    site = a_study_with_objects(tmp_path)
+    assert names_of(site) == {"0-0.dcm", "0-1.dcm", "own.dcm"}
+
+
+def test_no_object_of_a_study_leaves_in_which_a_case_is_excluded(tmp_path: Path) -> None:
+    site = a_study_with_objects(tmp_path)
+    case = case_of(site, a_uid("0-0"))
+    exclude_case(site, case)
+    assert names_of(site) == {"0-1.dcm"}
+
+    burned: dict[str, Any] = {"StudyInstanceUID": a_uid("s"), **NAMED, "BurnedInAnnotation": "YES"}
+    (site.dicom / "0-0.dcm").write_bytes(a_dicom(PatientID="P0", SOPInstanceUID=a_uid("0-0"), **burned))
+    index_folder(site)
+    assert names_of(site) == {"0-1.dcm"}  # no case at the moment, for the gate keeps it out; excluded still
+
+    include_case(site, case)
+    assert names_of(site) == {"0-1.dcm", "own.dcm"}
+
+
+def test_an_exclusion_leaves_the_objects_of_other_studies_alone(tmp_path: Path) -> None:
+    site = a_study_with_objects(tmp_path)
+    other = a_dicom(PatientID="P1", StudyInstanceUID=a_uid("t"), SOPInstanceUID=a_uid("1-0"), **NAMED)
+    (site.dicom / "1-0.dcm").write_bytes(other)
+    index_folder(site)
+    exclude_case(site, case_of(site, a_uid("1-0")))
+    assert names_of(site) == {"0-0.dcm", "0-1.dcm", "own.dcm"}
+
+
 def test_two_files_of_one_uid_give_one_copy(tmp_path: Path) -> None:
     site = a_site(tmp_path / "data", num_patients=1, images_per_patient=1)
     index_folder(site)
@@ -382,23 +433,78 @@ def is_liver(path: Path) -> bool:
     return dataset.Modality == "SEG" and len(dataset.SegmentSequence) == 1
 
 
+def nothing_is_opened_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: object, **__: object) -> None:
+        pytest.fail("a foreign file was opened up in the operator's own process")
+
+    for name in ("make_copy", "read_content"):
+        monkeypatch.setattr(export_copies, name, opened)
+    for name in ("decode_stored", "parse_file"):
+        monkeypatch.setattr(f"fedward_client.dicom.copy_pixels.{name}", opened)
+
+
+def a_cohort_with_an_overlay_in_compressed_pixels(folder: Path) -> SiteData:
+    path = Path(str(get_testdata_file("MR_small_RLE.dcm")))
+    compressed = dcmread(path)
+    compressed.BitsStored, compressed.HighBit, compressed.BurnedInAnnotation = 12, 11, "NO"
+    compressed.add_new(0x60000010, "US", 64)
+    compressed.add_new(0x60000100, "US", 16)
+    compressed.add_new(0x60000102, "US", 12)
+    folder.mkdir()
+    compressed.save_as(folder / "overlay.dcm")
+    return a_cohort_of([folder / "overlay.dcm"], folder, 'modalities = ["MR"]\n')
+
+
+def test_compressed_pixels_are_changed_without_opening_the_file_in_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = a_cohort_with_an_overlay_in_compressed_pixels(tmp_path / "data")
+    here = exported(site, tmp_path / "here", num_processes=0)
+    nothing_is_opened_here(monkeypatch)
+    report = exported(site, tmp_path / "out")
+    assert [each.pixels for each in report.files] == ["cleared"]
+    assert report == here
+    assert [path.read_bytes() for path in copies_in(tmp_path / "out")] == [
+        path.read_bytes() for path in copies_in(tmp_path / "here")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (np.zeros((1, 64, 64), np.float32), Reason.DECODE_FAILED),
+        (np.zeros((1, 64, 32), np.int16), Reason.TRUNCATED),
+        (np.zeros((2, 64, 64), np.int16), Reason.PIXELS_CHANGED),
+        (np.zeros((1, 32, 128), np.int16), Reason.PIXELS_CHANGED),
+        (UnusableImageError(Reason.OVER_LIMIT), Reason.OVER_LIMIT),
+        (CohortError("it changed", remedy="Wait."), Reason.CHANGED),
+    ],
+)
+def test_a_decoder_that_says_something_else_than_the_picture_costs_that_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Any, reason: Reason
+) -> None:
+    site = a_cohort_with_an_overlay_in_compressed_pixels(tmp_path / "data")
+    honest = DecodeSandbox.map
+
+    def lying(sandbox: DecodeSandbox, files: Any, what: What, **how: Any) -> Iterator[Any]:
+        return iter([said]) if what == "stored" else honest(sandbox, files, what, **how)
+
+    monkeypatch.setattr(DecodeSandbox, "map", lying)
+    report = exported(site, tmp_path / "out")
+    assert [each.reason for each in report.files] == [reason]
+    assert copies_in(tmp_path / "out") == []
+
+
 @pytest.mark.data
 def test_compressed_ultrasound_is_decoded_in_the_sandbox_and_blackened(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = shared_data / "dicom-varied" / "pydicom-data" / "OBXXXX1A_rle.dcm"
     site = a_cohort_of([path], tmp_path, 'modalities = ["US"]\n')
-    in_this_process: list[int] = []
-
-    def noted(data: bytes) -> Any:
-        in_this_process.append(len(data))
-        return decode_stored(data)
-
-    monkeypatch.setattr("fedward_client.dicom.copy_pixels.decode_stored", noted)
+    nothing_is_opened_here(monkeypatch)
     report = export_cohort(site, tmp_path / "out", OPTIONS)
     assert [each.pixels for each in report.files] == ["masked"]
     (copied,) = copies_in(tmp_path / "out")
-    assert in_this_process == [copied.stat().st_size]  # the copy, which is not compressed; not the source
     source, copy = pixel_array(dcmread(path)), pixel_array(dcmread(copied))
     stays = np.zeros(source.shape, dtype=bool)
     stays[60:519, 120:800] = True  # hospital and date above, settings to the left; looked at

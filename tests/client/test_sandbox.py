@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.uid import CTImageStorage, JPEG2000Lossless, RLELossless
 
+from fedward_client.decoders import _decoders as process_wide
 from fedward_client.dicom import sandbox as module
 from fedward_client.dicom import sandbox_worker
 from fedward_client.dicom.decode import decode_image
@@ -43,7 +44,14 @@ from fedward_client.dicom.sandbox_wire import (
     receive,
     send,
 )
-from fedward_client.dicom.shared_pixels import MEMORIES, PIECE_BYTES, Memories, SharedArray
+from fedward_client.dicom.shared_pixels import (
+    MEMORIES,
+    PIECE_BYTES,
+    Memories,
+    SharedArray,
+    borrowed,
+    lend_file,
+)
 from fedward_client.dicom.stored_pixels import decode_stored
 from fedward_common.errors import CohortError
 from tests.builders import a_dataset, a_dicom, encode
@@ -485,6 +493,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
             list(sandbox.map(files[1:], "image"))
             return pids + sandbox.pids
 
+    process_wide.close()  # the one that earlier tests used ends by itself after a while
     use()
     gc.collect()
     before = open_files(), mapped_pixels(), children()
@@ -946,7 +955,7 @@ def test_serving_process_answers_each_kind_of_question(tmp_path: Path) -> None:
         file.truncate(257 * 2**20)
 
     def asked(what: str, *names: str, content: str | None = None) -> tuple[dict[str, Any], list[Path]]:
-        request = {"what": what, "contents": [content] * len(names), "memory": 0}
+        request = {"what": what, "contents": [content] * len(names), "memory": 0, "pixels": None}
         return request, [tmp_path / name for name in names]
 
     answers = served(
@@ -976,7 +985,7 @@ def test_serving_process_answers_each_kind_of_question(tmp_path: Path) -> None:
 
 def test_serving_process_answers_for_as_many_images_as_there_is_room_for(tmp_path: Path) -> None:
     put(tmp_path, ct=a_dicom(np.zeros((512, 512), np.uint16), **CT))
-    request = {"what": "frames", "contents": [None] * 6, "memory": 0}
+    request = {"what": "frames", "contents": [None] * 6, "memory": 0, "pixels": None}
 
     answers = served([(request, [tmp_path / "ct"] * 6)], lambda: False)
 
@@ -984,10 +993,52 @@ def test_serving_process_answers_for_as_many_images_as_there_is_room_for(tmp_pat
     assert [reply["frames"]["values"][2] for reply in replies] == [0, 2**20, 2 * 2**20, 3 * 2**20]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32"])
+def test_pixels_that_are_lent_to_a_decoder_are_the_same_there_and_cannot_be_written_to(dtype: str) -> None:
+    pixels = np.arange(2 * 5 * 7 * 3).astype(dtype).reshape(2, 5, 7, 3)[:, ::-1]
+    before = open_files()
+    file = lend_file(pixels)
+    there = borrowed(file, pixels.shape, dtype)
+    os.close(file)
+    assert np.array_equal(there, pixels)
+    assert not there.flags.writeable
+    del there
+    assert open_files() == before
+
+
+def test_a_decoder_without_memory_for_what_it_is_lent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = lend_file(NOISE)
+    monkeypatch.setattr("mmap.mmap", partial(_raise, OSError(errno.ENOMEM, "no memory")))
+    with pytest.raises(MemoryError):
+        borrowed(file, NOISE.shape, NOISE.dtype.name)
+    os.close(file)
+
+
+def test_no_memory_for_pixels_to_lend_ends_with_a_remedy_and_leaves_no_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = put(tmp_path, ct=a_dicom(NOISE, **CT))
+    asked = dataclasses.replace(file, question="{}", pixels=NOISE)
+    before = open_files()
+    with DecodeSandbox(1) as sandbox:
+        monkeypatch.setattr(os, "memfd_create", partial(_raise, OSError(errno.EMFILE, "too many")))
+        with pytest.raises(CohortError, match="no more open files"):
+            list(sandbox.map([asked], "copy"))
+        assert str(tmp_path / "ct") not in open_files()
+    assert open_files() == before
+
+
+def _raise(error: Exception, *_: object, **__: object) -> None:
+    raise error
+
+
 def test_serving_process_that_has_grown_ends_after_its_answer(tmp_path: Path) -> None:
     put(tmp_path, ct=a_dicom(NOISE, **CT))
 
-    answers = served([({"what": "frames", "contents": [None], "memory": 0}, [tmp_path / "ct"])], lambda: True)
+    answers = served(
+        [({"what": "frames", "contents": [None], "memory": 0, "pixels": None}, [tmp_path / "ct"])],
+        lambda: True,
+    )
 
     assert answers[0][0]["retiring"] is True
     assert answers[1] == (4, 0)

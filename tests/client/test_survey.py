@@ -19,6 +19,8 @@ from pydicom.uid import JPEG2000Lossless
 from fedward_client.cohort import open_cohort
 from fedward_client.dicom.frames import decode_frames
 from fedward_client.dicom.gate import Box
+from fedward_client.dicom.refusal import Reason
+from fedward_client.index_records import QuarantinedContent
 from fedward_client.index_store import CaseIndex
 from fedward_client.outbound import OutboundDoor
 from fedward_client.plan_summary import readable_summary
@@ -26,18 +28,20 @@ from fedward_client.policy import SitePolicy
 from fedward_client.questions import is_implied
 from fedward_client.readiness import (
     SurveyedCase,
+    as_kept,
     pixel_counts,
     released,
     survey,
     values_of,
     weighted,
 )
+from fedward_client.readiness_refused import refused_studies
 from fedward_client.readiness_told import counted
 from fedward_client.session import SiteSession, SiteSettings
 from fedward_client.site_data import SiteData
 from fedward_client.worker import Worker
 from fedward_common.envelope import parse_envelope
-from fedward_common.errors import CohortError, OutboundError, RefusalCode
+from fedward_common.errors import CohortError, OutboundError, PayloadError, RefusalCode
 from fedward_common.evaluation.state import merge
 from fedward_common.identity import new_signer
 from fedward_common.plan import ReadinessPlan, SignedPlan, canonical_bytes, parse_signed_plan
@@ -197,7 +201,11 @@ def test_a_folder_is_surveyed_as_it_lies_there(tmp_path: Path) -> None:
     assert told(state, "age") == {"60 to 80": 24}
     assert told(state, "scanner") == {"GE": 24}
     assert told(state, "spacing") == {"0.12 to 0.16": 24}
-    assert state["refused"].tolist() == [0]  # one image: below the floor
+    assert state["refused"].tolist() == [
+        0,
+        4,
+        10,
+    ]  # one image: below the floor, as 4 studies at most would be
     # 0 to 255 are spread evenly over four cells of 16 x 16 pixels, seen through no window.
     shares = state["intensity"] / (24 * CASE_WEIGHT)
     np.testing.assert_allclose(shares, [0, 0.25, 0.25, 0.25, 0.25, 0], atol=0.02)
@@ -281,12 +289,14 @@ def test_what_the_gate_blackens_and_colour_are_counted_as_they_are_used() -> Non
     (whole,) = some_cases(1, PLAN, cases_a_patient=1)
     half = replace(whole.case, regions=(Box(0, 0, 8, 16),))
     part = IntensityPart(units="modality", low=0, high=255, bins=2)
-    assert pixel_counts(values_of(grey, whole.case, part), part).tolist() == [0, 0, 256, 0]
-    kept = values_of(replace(grey, values=np.tile(np.arange(16.0, dtype=np.float32), (1, 16, 1))), half, part)
+    assert pixel_counts(values_of(grey, part), part).tolist() == [0, 0, 256, 0]
+    assert as_kept(grey, whole.case) is grey
+    ramp = replace(grey, values=np.tile(np.arange(16.0, dtype=np.float32), (1, 16, 1)))
+    kept = values_of(as_kept(ramp, half), part)
     assert (kept[0, 8:] == kept[0, 0, 0]).all()
     colour = replace(grey, values=np.full((1, 4, 4, 3), (255, 0, 0), np.uint8))
     display = IntensityPart(bins=3)
-    shown = values_of(colour, whole.case, display)
+    shown = values_of(colour, display)
     assert shown.shape == (1, 4, 4)
     np.testing.assert_allclose(shown, 1 / 3)
 
@@ -396,6 +406,9 @@ def test_the_operator_reads_what_is_counted_and_what_is_kept_back() -> None:
     assert "GE, SIEMENS" in rows["Counted"]
     assert "fewer than 5 patients" in rows["Kept back"]
     assert "never compared" in rows["Not told by this"]
+    assert "another min_cases is not answered" in rows["Several plans"]
+    assert "for a survey or for training" in rows["Several plans"]
+    assert "studies in quarantine" in rows["Numbers that leave"]
 
 
 def test_the_policy_limits_surveys_and_never_approves_one() -> None:
@@ -510,31 +523,83 @@ def test_few_patients_with_two_labels_are_not_told_by_those_who_have_two_cases()
     assert state["label_patients"].tolist() == [50, 50, 0]
 
 
-@pytest.mark.parametrize(("num_studies", "told_refused"), [(1, 0), (4, 0), (5, 9)])
-def test_images_in_quarantine_are_counted_only_when_they_are_of_enough_studies(
-    tmp_path: Path, num_studies: int, told_refused: int
+@pytest.mark.parametrize(
+    ("num_studies", "told_refused"), [(0, [0, 0, 60]), (1, [0, 4, 60]), (4, [0, 4, 60]), (5, [5, 5, 60])]
+)
+def test_studies_in_quarantine_are_told_when_they_are_enough_and_else_by_a_bound(
+    tmp_path: Path, num_studies: int, told_refused: list[int]
 ) -> None:
-    site = a_site(tmp_path, num_patients=12, images_per_patient=1, split=all_train)
-    for number in range(9):
-        dataset = a_dataset(
-            PatientID="P99", StudyInstanceUID=a_uid(f"99-{number % num_studies}"), BurnedInAnnotation="YES"
-        )
+    site = a_site(tmp_path, num_patients=64, images_per_patient=1, split=all_train)
+    refuse_images(site, [f"99-{number % num_studies}" for number in range(40 if num_studies else 0)])
+    state = survey(PLAN, site, min_cases=1)
+    check_survey(state, PLAN)
+    assert state["refused"].tolist() == told_refused
+
+
+def refuse_images(site: SiteData, studies: Sequence[str]) -> None:
+    """Add labelled images that the gate refuses, one of each of these studies."""
+    for number, study in enumerate(studies):
+        dataset = a_dataset(PatientID="P99", StudyInstanceUID=a_uid(study), BurnedInAnnotation="YES")
         dataset.SOPInstanceUID = a_uid(f"99-{number}-0")
         (site.dicom / f"99-{number}.dcm").write_bytes(encode(dataset))
     with site.labels.open("a") as labels:
-        labels.writelines(f"{a_uid(f'99-{number}-0')},normal,train\n" for number in range(9))
-    assert survey(PLAN, site, min_cases=1)["refused"].tolist() == [told_refused]
+        labels.writelines(f"{a_uid(f'99-{number}-0')},normal,train\n" for number in range(len(studies)))
 
 
-def test_with_two_labels_patients_by_label_are_told_all_or_none() -> None:
-    """Two cases of every patient: 57 of b alone, told, would have left 40 with both, and 3 of a alone."""
-    kinds = [(0, 0)] * 3 + [(0, 1)] * 40 + [(1, 1)] * 57
-    cases = [
-        surveyed(number, patient, PLAN, label=label)
-        for patient, labels in enumerate(kinds)
-        for number, label in enumerate(labels)
+def test_a_volume_that_is_refused_counts_once_and_not_slice_by_slice(tmp_path: Path) -> None:
+    site, _ = series_of(tmp_path, num_patients=40)
+    (site.home / "cohort.toml").write_text('unit = "volume"\n[arrival]\nsettle_s = 0\n')
+    for patient in range(35, 40):
+        (site.dicom / f"{patient}-3").unlink()
+    part = {"intensity": {"units": "modality", "low": -1000.0, "high": 1000.0, "bins": 4}}
+    state = survey(a_readiness_plan(data={"modalities": ("CT",)}, survey=part), site, min_cases=1)
+    assert state["num_cases"].tolist() == [35]
+    assert state["refused"].tolist() == [5, 5, 35]
+
+
+def test_a_study_that_is_used_in_part_counts_as_its_share() -> None:
+    refused = [
+        QuarantinedContent(f"{number}", Reason.BURNED_IN, "", 1, study=study)
+        for number, study in enumerate(["views", "scout", "lost", "lost", "spoilt", ""])
     ]
-    state = a_survey(PLAN, cases)
-    assert state["label"].tolist() == [46, 154]
-    assert state["label_patients"].tolist() == [0, 0, 0]
-    check_survey(state, PLAN)
+    used = {"views": 2, "scout": 500, "spoilt": 9}
+    assert refused_studies(refused[:2], used) == 1
+    assert refused_studies(refused[2:4], used) == 1
+    assert refused_studies(refused, used, {"spoilt"}) == 4  # 0.5 + 0.002 + 1 + 1 + 1, rounded up
+    assert refused_studies([refused[0]] * 5, used) == 1
+    assert refused_studies([], used) == 0
+
+
+@pytest.mark.parametrize("told_refused", [(1, 1, 60), (0, 3, 60), (9, 4, 60), (5, 9, 60), (0, 0, 0)])
+def test_the_door_holds_back_an_impossible_quarantine(told_refused: tuple[int, ...]) -> None:
+    state = a_survey(PLAN)
+    state["refused"][:] = told_refused
+    with pytest.raises(PayloadError, match="refused"):
+        check_survey(state, PLAN)
+
+
+TWO_CASES_EACH = [
+    # 57 of b alone, told, would have left 40 with both, and 3 of a alone.
+    (("a", "b"), {(0, 0): 3, (0, 1): 40, (1, 1): 57}, [46, 154]),
+    (("a", "b", "made up"), {(0, 0): 3, (0, 1): 40, (1, 1): 57}, [46, 154, 0]),
+    (("a", "b", "rare"), {(0, 0): 3, (0, 1): 40, (1, 1): 57, (2, 2): 1}, [0, 154, 0]),
+    # 90 with several, told, would have left 3 of a alone, as 20 of c alone are all that have c.
+    (("a", "b", "c"), {(0, 0): 3, (0, 1): 90, (1, 1): 3, (2, 2): 20}, [96, 96, 40]),
+]
+
+
+@pytest.mark.parametrize(("labels", "kinds", "told_cases"), TWO_CASES_EACH)
+def test_patients_by_label_are_told_all_or_none(
+    labels: tuple[str, ...], kinds: dict[tuple[int, int], int], told_cases: list[int]
+) -> None:
+    plan = a_readiness_plan(task={"labels": labels})
+    patients = [pair for pair, count in kinds.items() for _ in range(count)]
+    cases = [
+        surveyed(number, patient, plan, label=label, split="train")
+        for patient, pair in enumerate(patients)
+        for number, label in enumerate(pair)
+    ]
+    state = a_survey(plan, cases)
+    assert state["label"].tolist() == told_cases
+    assert not state["label_patients"].any()
+    check_survey(state, plan)

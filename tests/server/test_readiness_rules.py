@@ -31,7 +31,7 @@ from fedward_server import console
 from fedward_server.admission import Answer, admit
 from fedward_server.fleet import Question
 from fedward_server.progress import Progress, apply
-from fedward_server.readiness_page import _overview, render_readiness
+from fedward_server.readiness_page import _comparison, _overview, render_readiness
 from fedward_server.readiness_report import ReadinessReport
 from fedward_server.readiness_reporting import judged, readiness_report, terminal_notes, terminal_rows
 from fedward_server.readiness_rules import jensen_shannon, overlap, quantiles_of, remedy_of
@@ -118,8 +118,10 @@ def test_a_label_that_is_held_back_is_not_taken_to_be_enough() -> None:
     state = a_survey(PLAN, cases)
     assert not state["label"].any()
     assert "min_cases_per_label" in rules_broken(state)
-    assert "max_label_distance" in rules_broken(state, level="note")
-    lenient = a_readiness_plan(rules={"min_cases_per_label": 0, "min_patients_per_label": 0})
+    assert "max_label_distance" in rules_broken(state)
+    lenient = a_readiness_plan(
+        rules={"min_cases_per_label": 0, "min_patients_per_label": 0, "max_label_distance": 1.0}
+    )
     assert "min_cases_per_label" not in rules_broken(state, lenient)
 
 
@@ -170,6 +172,16 @@ def test_balance_is_not_taken_to_hold_where_labels_are_held_back() -> None:
     assert "min_label_share" in rules_broken(a_survey(plan, cases), plan)
 
 
+def test_a_distance_that_nobody_knows_is_not_shown_as_too_large() -> None:
+    north = a_survey(PLAN)
+    north["age"][:] = 0
+    table = _comparison(a_report(north=north))
+    assert table is not None
+    age = next(row[2] for row in table.rows if row[0].text == "north")
+    assert (age.text, age.style, age.note) == ("–", "", "too much is held back")
+    assert "every rule of the plan is met" not in render_readiness(a_report(north=north)).lower()
+
+
 def test_patients_that_are_held_back_are_not_said_to_be_none() -> None:
     labels = ("a", "b", "c")
     plan = a_readiness_plan(task={"labels": labels}, rules={"min_patients_per_label": 6})
@@ -182,8 +194,50 @@ def test_patients_that_are_held_back_are_not_said_to_be_none() -> None:
 
 
 def test_a_large_quarantine_stops_training() -> None:
+    """There are 120 studies in use."""
     assert "max_refused_share" in rules_broken(a_survey(PLAN, num_refused=40))
     assert "max_refused_share" not in rules_broken(a_survey(PLAN, num_refused=20))
+
+
+@pytest.mark.parametrize(
+    ("num_refused", "permitted", "level"),
+    [(0, 0.0, ""), (3, 0.2, "note"), (3, 0.03, "stop"), (3, 1.0, "note")],
+)
+def test_a_quarantine_that_is_held_back_is_judged_by_what_it_may_be(
+    num_refused: int, permitted: float, level: str
+) -> None:
+    plan = a_readiness_plan(rules={"max_refused_share": permitted})
+    state = a_survey(plan, num_refused=num_refused)
+    (site, *_) = judged({"north": state, "south": a_survey(plan, seed=1)}, plan)
+    found = [each for each in site.reasons if each.rule == "max_refused_share"]
+    assert [each.level for each in found] == [level] * bool(level)
+    assert all("fewer than 5 studies" in each.text and "3.2% of all" in each.text for each in found)
+    assert site.decision == ("no-go" if level == "stop" else "go")
+
+
+def test_a_site_of_which_many_images_are_in_few_studies_is_not_said_to_have_none() -> None:
+    report = a_report(north=a_survey(PLAN, num_refused=4), south=a_survey(PLAN, seed=1, num_refused=9))
+    rows = _overview(report)
+    assert [row[4].text for row in rows.rows] == ["fewer than 5", "9", "0"]
+    assert rows.total[4].text == "9 to 13"
+
+
+@pytest.mark.parametrize(
+    ("table", "bound"), [("age", {"max_age_distance": 0.5}), ("intensity", {"min_intensity_overlap": 0.5})]
+)
+def test_what_cannot_be_compared_is_not_taken_to_be_alike(table: str, bound: dict[str, float]) -> None:
+    (rule,) = bound
+    plan = a_readiness_plan(rules=bound)
+    states = {"north": a_survey(plan), "south": a_survey(plan, seed=1)}
+    states["south"][table][:] = 0
+    north, south = judged(states, plan)
+    for site, where in ((north, "at the other sites"), (south, "here")):
+        (reason,) = site.reasons
+        assert (reason.level, reason.rule) == ("stop", rule)
+        assert reason.text.endswith(f"cannot be compared: too much is held back {where}")
+        assert f"rules.{rule} = " in reason.remedy
+    lax = a_readiness_plan(rules={rule: 1.0 if rule.startswith("max_") else 0.0})
+    assert all(site.reasons == () for site in judged(states, lax))
 
 
 def test_dark_images_beside_bright_ones_stop_training() -> None:

@@ -2,15 +2,17 @@
 
 Copying is Python's work from the first byte to the proof, and takes as long as decoding a large picture, so
 it is spread over processes. These hold the site's key; so none of the C decoders runs in them: a file whose
-compressed pixels have to be changed comes back as `NeedsDecodingError`, to be copied where its decoder is
-another process.
+compressed pixels have to be changed comes back as `NeedsDecodingError`, and is asked for once more together
+with its pixels, which another process has decoded.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from pydicom.datadict import tag_for_keyword
 
@@ -49,12 +51,15 @@ class NeedsDecodingError(UnusableImageError):
         super().__init__(Reason.DECODE_FAILED)
 
 
-def answer_copy(data: bytes, question: str) -> tuple[dict[str, Any], bytes]:
+def answer_copy(
+    data: bytes, question: str, pixels: NDArray[np.integer] | None = None
+) -> tuple[dict[str, Any], bytes]:
     """Make one copy, on the side that may do no harm.
 
     Args:
         data: the file.
         question: a `CopyQuestion` as JSON.
+        pixels: of the file, where they were decoded already.
 
     Returns:
         what there is to say, and the copy, b"" when there is none.
@@ -63,18 +68,20 @@ def answer_copy(data: bytes, question: str) -> tuple[dict[str, Any], bytes]:
         UnusableImageError: see `make_copy`; when identifiers are left, the answer says so instead.
     """
     asked = CopyQuestion.model_validate_json(question)
+
+    def decode() -> NDArray[np.integer]:
+        if pixels is None:
+            raise NeedsDecodingError
+        return pixels
+
     try:
-        copy = make_copy(data, bytes.fromhex(asked.key), asked.options, _decode)
+        copy = make_copy(data, bytes.fromhex(asked.key), asked.options, decode)
     except NeedsDecodingError:
         return {"needs_decoding": True}, b""
     except IdentifierLeftError as error:
         leaks = [[leak.keyword, leak.notation, leak.zone] for leak in error.leaks[:_MOST_LEAKS]]
         return {"left": leaks}, b""
     return {"copy": [copy.name, copy.pixels, copy.num_searched, copy.num_not_searched]}, copy.data
-
-
-def _decode() -> NoReturn:
-    raise NeedsDecodingError
 
 
 def copy_from(reply: dict[str, Any], take: Take) -> SafeCopy | UnusableImageError:

@@ -10,8 +10,8 @@ of an ultrasound image every pixel is black. Not guaranteed: that an image witho
 that a region holds no text; a head shows a face when rendered. So the operator looks at the contact
 sheet, and `ocr.find_text` helps looking.
 
-Every setting of `GatePolicy` is at its laxest by default, so a site can only tighten it, except where
-its operator accepts a finding for one SOP class by name.
+The settings of `GatePolicy` tighten this, except for one: `accept` lets images of one SOP class through
+with findings that its operator names, and takes responsibility for.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Acceptance(_Part):
 
 
 class GatePolicy(_Part):
-    """The site's own rules; every default is the laxest value there is.
+    """The site's own rules; every one but `accept` makes the gate stricter than it is by default.
 
     Args:
         burned_in_no: Modality values whose BurnedInAnnotation must be NO, besides the built-in ones.
@@ -174,7 +174,7 @@ class GatePolicy(_Part):
         faces: "quarantine" for CT, MR and PET images of the head.
         max_private: private elements permitted; None for any number.
         identity_removed: PatientIdentityRemoved must be YES.
-        accept: findings that the operator takes responsibility for, by SOP class.
+        accept: findings that no longer keep an image out, by SOP class, on the operator's responsibility.
     """
 
     burned_in_no: frozenset[Annotated[str, Field(pattern="^[A-Z0-9]{2,16}$")]] = frozenset()

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from fedward_client.dicom.sandbox_answers import Outcome, What, not_to_be_had, o
 from fedward_client.dicom.sandbox_files import SiteFile, SiteFolders
 from fedward_client.dicom.sandbox_process import DecoderProcess, Pace, Task, not_started, seconds
 from fedward_client.dicom.sandbox_wire import DEPTH, WireError, close_all, receive, send
+from fedward_client.dicom.shared_pixels import lend_file
 from fedward_common.errors import CohortError
 
 __all__ = ["DecodeSandbox", "Outcome", "SiteFile", "What"]
@@ -169,6 +170,9 @@ class DecodeSandbox:
                     if error.errno in _CROWDED:
                         raise _too_many_files() from None
                     task.outcomes[place] = not_to_be_had()
+            given = task.files[0].pixels  # of a request that is for one file
+            if task.waiting and given is not None:
+                opened.append(_lent(given))
             if task.waiting:
                 self._send(task, opened)
         finally:
@@ -184,7 +188,9 @@ class DecodeSandbox:
         if len(process.tasks) == 1:
             process.deadline = time.monotonic() + _WALL_S
         contents = [task.files[place].content for place in task.waiting]
-        asked = {"what": task.what, "contents": contents, "question": task.files[0].question}
+        first = task.files[0]
+        given = None if first.pixels is None else [first.pixels.shape, first.pixels.dtype.name]
+        asked = {"what": task.what, "contents": contents, "question": first.question, "pixels": given}
         try:
             send(process.channel, asked | {"memory": task.memory}, opened)
             task.sent = True
@@ -261,6 +267,13 @@ class DecodeSandbox:
     def _split(self, task: Task) -> None:
         for place in task.missing:
             (task.outcomes[place],) = self.map([task.files[place]], task.what, lend=task.lend)
+
+
+def _lent(pixels: NDArray[Any]) -> int:
+    try:
+        return lend_file(pixels)
+    except OSError:
+        raise _too_many_files() from None
 
 
 def _too_many_files() -> CohortError:

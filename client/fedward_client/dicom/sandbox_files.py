@@ -11,6 +11,9 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a pipe that was put in the file's place must not hang.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -26,12 +29,14 @@ class SiteFile:
         name: path relative to it, as the operating system's bytes.
         content: SHA-256 (hex) that it must still have; None takes whatever is there.
         question: for "labels" and "copy"; see `label_objects.py` and `copy_answers.py`.
+        pixels: for "copy": what its compressed pixels are, where they are known already.
     """
 
     root: Path = field(repr=False)
     name: bytes = field(repr=False)
     content: str | None = field(default=None, repr=False)
     question: str = field(default="", repr=False)
+    pixels: NDArray[np.integer] | None = field(default=None, repr=False, compare=False)
 
 
 class SiteFolders:

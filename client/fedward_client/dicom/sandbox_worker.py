@@ -39,7 +39,7 @@ from fedward_client.dicom.sandbox_wire import (
     receive,
     send,
 )
-from fedward_client.dicom.shared_pixels import MEMORIES, SharedArray
+from fedward_client.dicom.shared_pixels import MEMORIES, SharedArray, borrowed
 from fedward_client.dicom.stored_pixels import decode_stored
 from fedward_client.index_reading import examine, found_message
 
@@ -204,10 +204,12 @@ def _replies(
         return shared.allocate(shape, dtype)
 
     replies = []
-    for place, (file, content) in enumerate(zip(files, request["contents"], strict=True)):
+    contents = request["contents"]
+    given = files[len(contents)] if request["pixels"] else -1
+    for place, (file, content) in enumerate(zip(files[: len(contents)], contents, strict=True)):
         at_hand[0] = place
         processor_time.start(_LABEL_PIXELS if request["what"] == "labels" else 0)
-        reply = _reply(request, file, content, limits, shared, allocate)
+        reply = _reply(request | {"given": given}, file, content, limits, shared, allocate)
         if shared.is_full:
             break
         replies.append(reply)
@@ -238,7 +240,7 @@ def _reply(
         if what == "labels":
             return _labels(data, request["question"])
         if what == "copy":
-            return _copied(data, request["question"], shared)
+            return _copied(data, request, shared)
         return _decoded(what, data, limits, shared, allocate)
     except UnusableImageError as error:
         shared.drop()
@@ -273,10 +275,11 @@ def _labels(data: bytes, question: str) -> dict[str, Any]:
     return {"labels": answer_question(data, question)}
 
 
-def _copied(data: bytes, question: str, shared: SharedArray) -> dict[str, Any]:
+def _copied(data: bytes, request: dict[str, Any], shared: SharedArray) -> dict[str, Any]:
     from fedward_client.dicom.copy_answers import answer_copy  # most processes are never asked
 
-    reply, written = answer_copy(data, question)
+    pixels = borrowed(request["given"], *request["pixels"]) if request["pixels"] else None
+    reply, written = answer_copy(data, request["question"], pixels)
     if written:
         image = shared.allocate((1, len(written)), np.dtype(np.uint8))
         image[0] = np.frombuffer(written, np.uint8)

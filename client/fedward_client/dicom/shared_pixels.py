@@ -41,6 +41,37 @@ SEALS = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL
 """Memory that can no longer change its size, so that reading it is no crash."""
 
 
+def lend_file(pixels: NDArray[Any]) -> int:
+    """Put an array into memory that a decoder process can be handed as an open file; the caller closes it.
+
+    Raises:
+        OSError: there is no memory, or no more open files.
+    """
+    file = os.memfd_create("given", os.MFD_CLOEXEC)
+    try:
+        with open(file, "wb", buffering=0, closefd=False) as memory:
+            left = np.ascontiguousarray(pixels).data.cast("B")
+            while left:
+                left = left[memory.write(left) :]
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def borrowed(file: int, shape: Sequence[int], dtype: str) -> NDArray[Any]:
+    """Map what `lend_file` made, on the decoder's side; nobody can write to it.
+
+    Raises:
+        MemoryError: this process may not have so much.
+    """
+    try:
+        mapped = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+    except OSError:
+        raise MemoryError from None
+    return np.frombuffer(mapped, dtype).reshape(shape)
+
+
 class SharedArray:
     """One piece, on the decoder's side; it holds the arrays of one request.
 

@@ -205,7 +205,7 @@ class Manifest:
         return {study: (num_instances, since_s) for study, num_instances, since_s in rows}
 
     def grows_no_more(self, studies: Iterable[str]) -> None:
-        """Drop studies whose number of instances stayed the same for long enough."""
+        """Drop studies that have not been seen to grow for long enough."""
         with self._lock, _translated():
             self._write("DELETE FROM growing WHERE study = ?", [(study,) for study in studies])
 

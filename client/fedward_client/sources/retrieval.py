@@ -291,7 +291,11 @@ class Retrieval:
         self._look_again(studies)
 
     def _look(self) -> dict[str, Study]:
-        """List the studies, and let those settle that have not grown for long enough."""
+        """List the studies, and let those settle that have not grown for long enough.
+
+        So does one that is no longer listed, or without a count: it cannot be seen to grow, and would wait
+        for ever. A series of which less is here than was announced still waits for that reason.
+        """
         listed = self._patience.run(lambda: list(self._archive.studies(self._selection)))
         studies = {study.uid: study for study in listed}
         growing, now_s = self._spool.manifest.growing(), time.time()
@@ -299,9 +303,8 @@ class Retrieval:
             [
                 uid
                 for uid, (num_instances, since_s) in growing.items()
-                if uid in studies
-                and studies[uid].num_instances == num_instances
-                and abs(now_s - since_s) >= self._settle_s
+                if abs(now_s - since_s) >= self._settle_s
+                and (uid not in studies or studies[uid].num_instances in (None, num_instances))
             ]
         )
         return studies
