@@ -42,7 +42,13 @@ SEALS = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL
 
 
 def lend_file(pixels: NDArray[Any]) -> int:
-    """Put an array into memory that a decoder process can be handed as an open file; the caller closes it.
+    """Put an array into memory that a decoder process can be handed as an open file.
+
+    Args:
+        pixels: of any shape; its bytes in C order are what is there.
+
+    Returns:
+        the file's descriptor, which the caller closes.
 
     Raises:
         OSError: there is no memory, or no more open files.
@@ -60,7 +66,15 @@ def lend_file(pixels: NDArray[Any]) -> int:
 
 
 def borrowed(file: int, shape: Sequence[int], dtype: str) -> NDArray[Any]:
-    """Map what `lend_file` made, on the decoder's side; nobody can write to it.
+    """Map what `lend_file` made, on the decoder's side.
+
+    Args:
+        file: descriptor; it may be closed afterwards.
+        shape: of the array that was lent.
+        dtype: its NumPy name.
+
+    Returns:
+        that array, of `shape`, for reading only.
 
     Raises:
         MemoryError: this process may not have so much.

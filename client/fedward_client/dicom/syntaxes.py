@@ -47,6 +47,7 @@ PLUGIN_OF_SYNTAX: dict[str, str] = {
 """Syntax with fragments -> pydicom's name of the plugin, or the package that is called directly."""
 
 WITHOUT_PLUGIN = ("zlib", "numpy")
+"""Packages among those that are there in any case: what they undo holds uncompressed pixels."""
 
 LOSSY_SYNTAXES = frozenset(
     {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K}
