@@ -54,6 +54,7 @@ from fedward_common.transfer_pb2 import PullReply, PullRequest, PushReply, PushR
 _Reply = TypeVar("_Reply", PullReply, PushReply)
 
 _LOOK_S = 0.25  # how long to wait for replies on their way before asking for more
+_LAST_FETCH_S = 5.0  # how long to wait, at the end, for an answer from the server on this machine
 _DOCUMENTS = 8 * 2**20  # envelope, signature and Flower's own records, beside the payload
 
 # A reply is announced before its tensors are stored; Flower then waits a whole second to look again.
@@ -75,6 +76,15 @@ class RunGrid(HttpGrid):
         self._changed = threading.Condition()
         self._on_the_way: set[str] = set()
         self._there: dict[str, Message] = {}
+        self._fetching = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Disconnect; a fetch under way ends first, and none begins anew, for it would connect again."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: self._fetching == 0, timeout=_LAST_FETCH_S)
+        super().close()
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies to `message_ids` that are complete; waits for the server's hold time at most."""
@@ -153,7 +163,14 @@ class RunGrid(HttpGrid):
 
     def _inflated(self, message_id: str, tree: ObjectTree, there: dict[str, bytes]) -> Message:
         fetch = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self._run_id)
-        pull = _bounded(lambda key: there.get(key) or fetch(key), self._max_reply)
+
+        def pull_object(object_id: str) -> bytes:
+            if object_id in there:
+                return there[object_id]
+            with self._one_fetch():
+                return fetch(object_id)
+
+        pull = _bounded(pull_object, self._max_reply)
         wanted = _object_ids(tree)
         if len(there) == len(wanted):  # the server has confirmed it
             contents = {object_id: pull(object_id) for object_id in wanted}
@@ -164,13 +181,27 @@ class RunGrid(HttpGrid):
             try:
                 contents = inflatable_utils.pull_objects(wanted, pull)
             finally:  # whatever it was: it need not stay in the server's memory
-                self._runtime_client.ConfirmMessageReceived(received)
+                with self._one_fetch():
+                    self._runtime_client.ConfirmMessageReceived(received)
         if _inflated_bytes(contents) > self._max_reply:
             raise ValueError("the reply's tensors are larger than a reply can be")
         reply = inflatable_utils.inflate_object_from_contents(message_id, contents)
         if not isinstance(reply, Message):
             raise TypeError("the reply is not a message")
         return reply
+
+    @contextmanager
+    def _one_fetch(self) -> Iterator[None]:
+        with self._changed:
+            if self._closed:
+                raise ConnectionError("the grid is closed")
+            self._fetching += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._fetching -= 1
+                self._changed.notify_all()
 
     @property
     def _run_id(self) -> int:

@@ -7,6 +7,7 @@ client, object by object.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -237,6 +238,18 @@ def test_a_reply_that_is_announced_and_never_sent_holds_up_nobody(place: Place) 
     assert list(place.collect({"south": ids["south"]})) == ["south"]
     assert list(place.grid.pull_messages([ids["north"]])) == []
     assert time.monotonic() - started < 10
+
+
+def test_a_closed_grid_does_not_connect_again_for_a_reply_still_on_its_way(place: Place) -> None:
+    ids = place.ask()
+    reply = Message(RecordDict({"reply": ConfigRecord({"n": 1})}), reply_to=received(place.north))
+    announce(place.north, reply, get_object_tree(reply))
+    assert list(place.grid.pull_messages(ids.values())) == []
+    (fetching,) = (thread for thread in threading.enumerate() if thread.name == "reply")
+    place.grid.close()
+    fetching.join(timeout=8)  # the next heartbeat comes after ten seconds
+    assert not fetching.is_alive()
+    assert not place.grid._is_connected
 
 
 def test_a_reply_that_is_sent_slowly_is_heard_when_it_is_complete(place: Place) -> None:
